@@ -1,0 +1,132 @@
+"""A job: what to run, section by section. `jobs/*.toml` are written in these names; every key has its default here."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from hpcinfer.config.parallel import ParallelConfig
+from hpcinfer.errors import ConfigError
+from hpcinfer.request import SamplingParams
+from hpcinfer.units import parse_bytes
+
+MODEL_DTYPES = ("float32", "bfloat16", "float16", "auto")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSection:
+    """The `[model]` section."""
+
+    path: str
+    """A Hugging Face folder: config.json, safetensors, tokenizer.json. Relative paths start at the working directory."""
+    dtype: str = "auto"
+    """float32, bfloat16, float16, or auto: what the checkpoint was saved in. Default auto."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in MODEL_DTYPES:
+            raise ConfigError(f"model.dtype = {self.dtype!r}", fix=f"give one of {', '.join(MODEL_DTYPES)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DataSection:
+    """The `[data]` section."""
+
+    prompts: str
+    """An HDF5 file of prompts; a folder or a glob of shards is read as one."""
+    output: str
+    """The run directory. generations.h5 appears in it; running again with the same one resumes."""
+    dataset: str = ""
+    """Name of the dataset with the prompts, for foreign HDF5 layouts. Default "": found by itself."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSection:
+    """The `[engine]` section: batching and memory of one replica."""
+
+    attention: str = "auto"
+    """Attention backend by name, or auto. Default auto."""
+    block_size: int = 16
+    """Tokens in a page of the K/V cache. Default 16."""
+    kv_memory: str = "auto"
+    """Memory for keys and values on each rank, such as "4 GiB"; auto takes a share of what is free. Default auto."""
+    kv_memory_share: float = 0.5
+    """With kv_memory = auto: the share of a rank's free memory after the weights. Default 0.5."""
+    max_batch_tokens: int = 2048
+    """Most tokens computed in one microbatch; longer prompts are prefilled in chunks. Default 2048."""
+    max_sequences: int = 256
+    """Most sequences in work at once in a replica. Default 256."""
+    max_context: int = 0
+    """Longest prompt plus output in tokens; rows above it fail. Default 0: what the model allows."""
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "max_batch_tokens", "max_sequences"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"engine.{name} = {getattr(self, name)}", fix="give 1 or more")
+        if self.max_context < 0:
+            raise ConfigError(f"engine.max_context = {self.max_context}", fix="give 0 (what the model allows) or more")
+        if not 0 < self.kv_memory_share <= 0.95:
+            raise ConfigError(f"engine.kv_memory_share = {self.kv_memory_share}", fix="give a share above 0, at most 0.95")
+        if self.kv_memory != "auto":
+            parse_bytes(self.kv_memory)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class CommSection:
+    """The `[comm]` section."""
+
+    deadline_s: float = 600.0
+    """A transfer that takes longer ends the run with a report of who waited for whom. Seconds, default 600."""
+    strict: bool = False
+    """One transfer at a time on each communicator, synchronous sends: slower, shows ordering mistakes. For tests."""
+
+    def __post_init__(self) -> None:
+        if self.deadline_s <= 0:
+            raise ConfigError(f"comm.deadline_s = {self.deadline_s}", fix="give seconds above 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RunSection:
+    """The `[run]` section: the ledger, and when to give up."""
+
+    segment_rows: int = 4096
+    """Finished rows are committed to disk at the latest after this many. Default 4096."""
+    segment_s: float = 30.0
+    """Finished rows are committed to disk at the latest after this time. Seconds, default 30."""
+    heartbeat_s: float = 5.0
+    """Time between two heartbeats of a writer. Seconds, default 5."""
+    stale_s: float = 120.0
+    """A writer on another host whose heartbeat has stood still for this long may lose its claims. Seconds, default 120."""
+    retry_s: float = 300.0
+    """How long finished rows wait in memory for a disk that is full or fails, before the run stops. Seconds, default 300."""
+    linger_s: float = 600.0
+    """How long a replica without work waits for others that may die. Seconds, default 600."""
+    max_failed: str = "100%"
+    """Failed rows that turn the run into exit code 1: a count ("20") or a share ("1%"). Default "100%": never."""
+
+    def __post_init__(self) -> None:
+        for name in ("segment_rows", "segment_s", "heartbeat_s", "stale_s", "retry_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"run.{name} = {getattr(self, name)}", fix="give more than 0")
+        if self.linger_s < 0:
+            raise ConfigError(f"run.linger_s = {self.linger_s}", fix="give 0 or more")
+        if not re.fullmatch(r"\d+|\d+(\.\d+)?%", self.max_failed):
+            raise ConfigError(f"run.max_failed = {self.max_failed!r}", fix='give a count such as "20" or a share such as "1%"')
+
+    def allowed_failures(self, num_rows: int) -> int:
+        """The number of failed output rows that is still accepted, of `num_rows`."""
+        if self.max_failed.endswith("%"):
+            return int(float(self.max_failed[:-1]) / 100 * num_rows)
+        return int(self.max_failed)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class JobConfig:
+    """A whole job file."""
+
+    model: ModelSection
+    data: DataSection
+    sampling: SamplingParams = SamplingParams()
+    parallel: ParallelConfig = ParallelConfig()
+    engine: EngineSection = EngineSection()
+    comm: CommSection = CommSection()
+    run: RunSection = RunSection()

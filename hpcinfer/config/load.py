@@ -1,0 +1,112 @@
+"""Job files: TOML plus `--set section.key=value`, checked as a whole against the dataclasses of `config.job`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hpcinfer.config.job import JobConfig
+from hpcinfer.errors import ConfigError, UsageError
+
+
+def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
+    """Read a job file and apply `overrides` ("section.key=value").
+
+    Raises:
+        ConfigError: the file cannot be read, is not TOML, or a key or value is not valid.
+        UsageError: an override is not of the form section.key=value.
+    """
+    try:
+        with open(path, "rb") as file:
+            tables = tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"cannot read the job file {path}", found=str(error), fix="give the path of a TOML file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the job file {path} is not valid TOML", found=str(error)) from error
+    except RecursionError as error:
+        raise ConfigError(f"the job file {path} nests too deeply") from error
+    for override in overrides:
+        apply_override(tables, override)
+    return job_from_tables(tables)
+
+
+def apply_override(tables: dict[str, Any], override: str) -> None:
+    """Put one "section.key=value" into `tables`. The value is read as TOML; what is not TOML is taken as a string."""
+    name, equals, text = override.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not equals or not dot or not section or not key:
+        raise UsageError(f"--set {override!r}", fix="write --set section.key=value, for example --set parallel.tp=2")
+    table = tables.setdefault(section, {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"[{section}] is not a section in the job file", found=f"{section} = {table!r}")
+    table[key] = _toml_value(text)
+
+
+def job_from_tables(tables: Mapping[str, Any]) -> JobConfig:
+    """Build a JobConfig from parsed TOML. Raises ConfigError on any unknown, missing or mistyped key."""
+    return _build(JobConfig, tables, "")
+
+
+def job_to_tables(job: JobConfig) -> dict[str, Any]:
+    """The job as plain nested dicts, every key included: what is recorded with a run."""
+    return dataclasses.asdict(job)
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (tomllib.TOMLDecodeError, RecursionError, KeyError):
+        return text
+
+
+def _build(kind: type, values: Any, where: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where or 'the job file'} is not a section", found=repr(values), fix=f"write [{where}] above its keys")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key in values:
+        if key not in fields:
+            raise _unknown_key(where, key, list(fields))
+    missing = [
+        name for name, field in fields.items() if name not in values and field.default is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"the job does not say {', '.join(_dotted(where, name) for name in missing)}")
+    hints = typing.get_type_hints(kind)
+    arguments = {key: _convert(hints[key], value, _dotted(where, key)) for key, value in values.items()}
+    return kind(**arguments)
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, name)
+    if isinstance(hint, types.GenericAlias):  # tuple[int, ...], the only generic in use
+        if not isinstance(value, (list, tuple)) or not all(_is(int, item) for item in value):
+            raise ConfigError(f"{name} = {value!r}", fix="give a list of whole numbers")
+        return tuple(value)
+    if hint is float and _is(int, value):
+        return float(value)
+    if not _is(hint, value):
+        kinds = {int: "a whole number", float: "a number", str: "a text in quotes", bool: "true or false"}
+        raise ConfigError(f"{name} = {value!r}", found=type(value).__name__, fix=f"give {kinds[hint]}")
+    return value
+
+
+def _is(kind: type, value: Any) -> bool:
+    return isinstance(value, kind) and not (kind is not bool and isinstance(value, bool))
+
+
+def _unknown_key(where: str, key: str, valid: list[str]) -> ConfigError:
+    close = difflib.get_close_matches(str(key), valid, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    noun = "key" if where else "section"
+    return ConfigError(f"unknown {noun} {_dotted(where, key)}", fix=f"{hint}valid: {', '.join(valid)}")
+
+
+def _dotted(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else str(key)

@@ -1,0 +1,99 @@
+"""Job files: what is valid, and what a wrong one is told."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpcinfer.config.job import JobConfig, RunSection
+from hpcinfer.config.load import apply_override, job_from_tables, job_to_tables, load_job
+from hpcinfer.errors import ConfigError, HpcinferError, UsageError
+
+SMALLEST = {"model": {"path": "m"}, "data": {"prompts": "p.h5", "output": "runs/x"}}
+
+
+def test_the_smallest_job_has_defaults_for_all_else():
+    job = job_from_tables(SMALLEST)
+    assert (job.parallel.tp, job.parallel.pp, job.parallel.dp) == (1, 1, 0)
+    assert job.sampling.temperature == 0.0
+    assert job_from_tables(job_to_tables(job)) == job
+
+
+def test_overrides_reach_any_key(tmp_path):
+    path = tmp_path / "job.toml"
+    path.write_text('[model]\npath = "m"\n[data]\nprompts = "p"\noutput = "o"\n')
+    job = load_job(path, ["parallel.tp=2", "model.path=other folder", "sampling.temperature=1", "sampling.stop_token_ids=[3, 4]"])
+    assert (job.parallel.tp, job.model.path, job.sampling.temperature) == (2, "other folder", 1.0)
+    assert job.sampling.stop_token_ids == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["parallel.tpp=2"], "did you mean tp"),
+        (["paralel.tp=2"], "did you mean parallel"),
+        (["parallel.tp=two"], "a whole number"),
+        (["parallel.tp=true"], "a whole number"),
+        (["parallel.tp=0"], "give 1 or more"),
+        (["sampling.top_p=1.5"], "at most 1"),
+        (["sampling.ignore_eos=1"], "true or false"),
+        (["sampling.stop_token_ids=3"], "a list of whole numbers"),
+        (["model.dtype=int8"], "float32, bfloat16, float16, auto"),
+        (["engine.kv_memory=lots"], "not a size"),
+        (["run.max_failed=some"], "a share"),
+        (["parallel.pp=2", "parallel.layer_split=[4]"], "2 numbers"),
+    ],
+)
+def test_wrong_values_say_what_is_valid(tmp_path, overrides, words):
+    path = tmp_path / "job.toml"
+    path.write_text('[model]\npath = "m"\n[data]\nprompts = "p"\noutput = "o"\n')
+    with pytest.raises(ConfigError) as caught:
+        load_job(path, overrides)
+    assert words in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("override", ["tp=2", "parallel.tp", "=3", ".a=3", "a.=1"])
+def test_an_override_of_the_wrong_form_is_a_usage_error(override):
+    with pytest.raises(UsageError, match="section.key=value"):
+        apply_override({}, override)
+
+
+def test_missing_keys_and_files_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="data.output"):
+        job_from_tables({"model": {"path": "m"}, "data": {"prompts": "p"}})
+    with pytest.raises(ConfigError, match="absent.toml"):
+        load_job(tmp_path / "absent.toml")
+    (tmp_path / "bad.toml").write_bytes(b"[model\n\xff")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_job(tmp_path / "bad.toml")
+
+
+def test_allowed_failures():
+    assert RunSection(max_failed="20").allowed_failures(1000) == 20
+    assert RunSection(max_failed="1%").allowed_failures(1000) == 10
+    assert RunSection().allowed_failures(5) == 5
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3))
+names = st.sampled_from(["model", "data", "sampling", "parallel", "engine", "comm", "run", "path", "tp", "x"])
+
+
+@given(tables=st.dictionaries(names, values | st.dictionaries(names | st.text(max_size=5), values, max_size=4), max_size=5))
+def test_nothing_but_our_errors_comes_out(tables):
+    try:
+        assert isinstance(job_from_tables({**SMALLEST, **tables}), JobConfig)
+    except HpcinferError as error:
+        assert str(error)
+
+
+@given(override=st.text(max_size=30))
+def test_no_override_breaks_the_reader(override):
+    tables = {"model": {"path": "m"}, "data": {"prompts": "p", "output": "o"}, "flag": 3}
+    try:
+        apply_override(tables, override)
+        job_from_tables(tables)
+    except HpcinferError as error:
+        assert str(error)
