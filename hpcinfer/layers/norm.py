@@ -1,0 +1,71 @@
+"""Root mean square normalisation (Zhang and Sennrich 2019). Replicated on all ranks of the tensor-parallel axis."""
+
+from __future__ import annotations
+
+import torch
+
+from hpcinfer.layers.shard import check_shape
+
+
+class RmsNorm:
+    """x / rms(x) * weight over the last dim.
+
+    Args:
+        size: of the last dim.
+        eps: added to the mean square.
+        dtype, device: of the weight.
+    """
+
+    def __init__(self, size: int, *, eps: float, dtype: torch.dtype, device: torch.device) -> None:
+        self.eps = eps
+        self.weight = torch.ones(size, dtype=dtype, device=device)
+
+    def load_weight(self, full: torch.Tensor) -> None:
+        """Take the weight [size]."""
+        check_shape(full, tuple(self.weight.shape), "norm weight")
+        self.weight.copy_(full)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., size] -> the same shape and dtype."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Normalise the last dim of x. `weight` broadcasts against x.
+
+    Statistics are float32, and the result is rounded to x's dtype before the weight multiplies it, as transformers
+    does: another order gives other bfloat16 numbers.
+    """
+    wide = x.float()
+    scale = wide.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return (wide * scale).to(x.dtype).mul_(weight)
+
+
+class QkNorm:
+    """RMSNorm of each query and each key head, with one weight for queries and one for keys (Qwen3), as one operation.
+
+    Args:
+        num_heads, num_kv_heads: N and K of this rank.
+        head_dim: H.
+    """
+
+    def __init__(
+        self, num_heads: int, num_kv_heads: int, head_dim: int, *, eps: float, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.eps = eps
+        self._num_heads = num_heads
+        self.weight = torch.ones(num_heads + num_kv_heads, head_dim, dtype=dtype, device=device)
+
+    def load_q(self, full: torch.Tensor) -> None:
+        """Take the queries' weight [H]."""
+        check_shape(full, tuple(self.weight.shape[1:]), "q_norm weight")
+        self.weight[: self._num_heads].copy_(full)
+
+    def load_k(self, full: torch.Tensor) -> None:
+        """Take the keys' weight [H]."""
+        check_shape(full, tuple(self.weight.shape[1:]), "k_norm weight")
+        self.weight[self._num_heads :].copy_(full)
+
+    def forward(self, qk: torch.Tensor) -> torch.Tensor:
+        """qk [T, N + K, H], query heads first -> the same shape."""
+        return rms_norm(qk, self.weight, self.eps)

@@ -1,0 +1,133 @@
+"""What a model is to the engine: one stage of it on this rank, with this rank's shards.
+
+Shape letters: T tokens in the microbatch, D model, V vocabulary, S rows whose logits are wanted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TypeAlias
+
+import numpy as np
+import torch
+
+from hpcinfer.attention.base import AttentionBackend
+from hpcinfer.attention.metadata import AttentionMetadata, build_metadata
+from hpcinfer.batch import MicroBatch
+from hpcinfer.comm.communicator import Communicator
+from hpcinfer.config.model import ModelConfig
+from hpcinfer.errors import ConfigError
+from hpcinfer.kvcache.layout import KvLayout
+from hpcinfer.kvcache.pool import KvPool
+from hpcinfer.layers.segments import Segments
+
+WeightLoader: TypeAlias = Callable[[torch.Tensor], None]
+"""Takes the full tensor of the checkpoint (any float dtype, on CPU or device) and keeps this rank's shard of it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class StageInputs:
+    """What a stage computes one microbatch from."""
+
+    metadata: AttentionMetadata
+    sample_indices: torch.Tensor
+    """int64 [S]: the tokens of the microbatch after which a new token is drawn; only the last stage reads it."""
+    token_ids: torch.Tensor | None = None
+    """int64 [T]; for the first stage."""
+    hidden: torch.Tensor | None = None
+    """[T, D] in the model's dtype, from the stage before; for every other stage."""
+
+    @classmethod
+    def from_microbatch(
+        cls, microbatch: MicroBatch, *, block_size: int, device: torch.device, hidden: torch.Tensor | None = None
+    ) -> StageInputs:
+        """Make the tensors of a microbatch. `hidden` is given on every stage but the first."""
+        ends = np.cumsum(microbatch.query_lens, dtype=np.int64) - 1
+        drawn = np.asarray(microbatch.samples, bool) & (np.asarray(microbatch.query_lens) > 0)
+        token_ids = None
+        if hidden is None:
+            token_ids = torch.from_numpy(np.asarray(microbatch.token_ids, np.int64)).to(device)
+        return cls(
+            metadata=build_metadata(microbatch, block_size, device),
+            sample_indices=torch.from_numpy(ends[drawn]).to(device),
+            token_ids=token_ids,
+            hidden=hidden,
+        )
+
+
+class StageModel(ABC):
+    """Some consecutive layers of a model on this rank; the first stage also embeds, the last also makes logits.
+
+    Args:
+        config: the whole model.
+        layers: the layers of this stage, out of range(config.num_layers).
+        tp: communicator of the tensor-parallel axis.
+        backend: attention backend for all layers.
+        dtype: of weights, activations and pages.
+        device: of weights.
+
+    Raises:
+        ConfigError: the layers or the heads do not fit.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        layers: range,
+        tp: Communicator,
+        backend: AttentionBackend,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        if layers.step != 1 or not 0 <= layers.start < layers.stop <= config.num_layers:
+            raise ConfigError(
+                f"a stage of layers {layers.start} to {layers.stop} (exclusive)",
+                found=f"the model has {config.num_layers} layers",
+                fix="each stage needs at least one layer of the model",
+            )
+        config.check_tp(tp.size)
+        self.config = config
+        self.layer_range = layers
+        self.tp = tp
+        self.backend = backend
+        self.dtype = dtype
+        self.device = device
+        self.is_first = layers.start == 0
+        self.is_last = layers.stop == config.num_layers
+
+    @abstractmethod
+    def forward(self, inputs: StageInputs, kv: KvPool) -> Segments:
+        """Compute the stage's layers for one microbatch; a generator, see `layers.segments`.
+
+        Returns (as the generator's value):
+            hidden [T, D] in the model's dtype, or on the last stage float32 logits [S, V], the same on all tp ranks.
+        """
+
+    @abstractmethod
+    def weights(self) -> dict[str, WeightLoader]:
+        """Tensors of the checkpoint that this stage needs, each with what takes it."""
+
+    @classmethod
+    @abstractmethod
+    def checkpoint_shapes(cls, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that a checkpoint of the whole model must have."""
+
+    @classmethod
+    def is_ignored(cls, config: ModelConfig, name: str) -> bool:
+        """True for a tensor that checkpoints of this family may have and that nothing needs."""
+        return False
+
+    def kv_layout(self, block_size: int) -> KvLayout:
+        """The pages of one layer on this rank, as the backend wants them."""
+        heads = max(self.config.num_kv_heads // self.tp.size, 1)
+        return self.backend.kv_layout(block_size, heads, self.config.head_dim)
+
+    def allocate_kv(self, *, num_blocks: int, block_size: int) -> KvPool:
+        """Pages for all layers of this stage."""
+        return KvPool(
+            self.kv_layout(block_size), num_layers=len(self.layer_range), num_blocks=num_blocks,
+            dtype=self.dtype, device=self.device,
+        )

@@ -1,0 +1,45 @@
+"""Embedding and head split by vocabulary, for vocabularies that the ranks do not divide."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hpcinfer.layers.embedding import ParallelHead, VocabParallelEmbedding
+from hpcinfer.layers.segments import run_to_end
+from hpcinfer.comm.local import LocalCommunicator
+from tests.unit.layers.lockstep import LockstepCommunicator, run_lockstep
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("vocab", [211, 8, 5, 1])
+@pytest.mark.parametrize("tp", [2, 3, 4, 7])
+def test_embedding_and_head(tp, vocab):
+    weight = torch.randn(vocab, 6, generator=torch.Generator().manual_seed(0))
+    ids = torch.arange(vocab).repeat(2)
+    lookups, projections = [], []
+    for rank in range(tp):
+        place = {"tp": LockstepCommunicator(rank, tp), "dtype": torch.float32, "device": CPU}
+        embedding = VocabParallelEmbedding(vocab, 6, **place)
+        embedding.load_weight(weight)
+        head = ParallelHead(vocab, 6, tied=embedding, **place)
+        assert head.weight.data_ptr() == embedding.weight.data_ptr()
+        lookups.append(embedding.forward(ids))
+        projections.append(head.forward(weight))
+    for hidden in run_lockstep(lookups):
+        assert torch.equal(hidden, weight[ids])
+    for logits in run_lockstep(projections):
+        torch.testing.assert_close(logits, F.linear(weight, weight))
+
+
+def test_one_rank_needs_no_transfer():
+    place = {"tp": LocalCommunicator("tp"), "dtype": torch.bfloat16, "device": CPU}
+    embedding, head = VocabParallelEmbedding(11, 4, **place), ParallelHead(11, 4, **place)
+    full = torch.randn(11, 4)
+    embedding.load_weight(full), head.load_weight(full)
+    with pytest.raises(StopIteration):
+        next(embedding.forward(torch.tensor([3])))
+    logits = run_to_end(head.forward(full.bfloat16()))
+    assert logits.dtype == torch.float32 and logits.shape == (11, 11)
