@@ -1,0 +1,238 @@
+"""The scheduler against a simulated replica: pages hold tokens instead of keys and values, so every read can be checked."""
+
+from __future__ import annotations
+
+import collections
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpcinfer.batch import MicroBatch
+from hpcinfer.errors import ReplicaDivergedError, RowError
+from hpcinfer.request import FinishReason, Request, SamplingParams
+from hpcinfer.scheduler.message import TickMessage
+from hpcinfer.scheduler.scheduler import EndedSequence, Scheduler, SchedulerLimits
+
+EOS = 7
+
+
+def limits(**changes) -> SchedulerLimits:
+    defaults = dict(
+        num_blocks=40, block_size=4, max_batch_tokens=64, max_sequences=16, max_context=100, lag=1,
+        eos_token_ids=frozenset({EOS}),
+    )
+    return SchedulerLimits(**(defaults | changes))
+
+
+def request(row: int, num_tokens: int, **sampling) -> Request:
+    prompt = np.random.default_rng(row).integers(10, 100, num_tokens).astype(np.int32)
+    return Request(row=row, prompt_token_ids=prompt, sampling=SamplingParams(**({"max_tokens": 8} | sampling)))
+
+
+def next_token(prefix: list[int]) -> int:
+    """The simulated model: any function of the whole prefix; sometimes the end of sequence."""
+    digest = zlib.crc32(np.array(prefix, np.int32).tobytes())
+    return EOS if digest % 11 == 0 else 10 + digest % 90
+
+
+def reference(wanted: Request, max_context: int) -> list[int]:
+    tokens = wanted.prompt_token_ids.tolist()
+    output: list[int] = []
+    while True:
+        output.append(next_token(tokens + output))
+        ended = output[-1] == EOS and not wanted.sampling.ignore_eos
+        if ended or len(output) == wanted.sampling.max_tokens or len(tokens + output) >= max_context:
+            return output
+
+
+class SimulatedReplica:
+    """Executes microbatches `lag` ticks late on pages that hold token ids."""
+
+    def __init__(self, scheduler_limits: SchedulerLimits) -> None:
+        self.limits = scheduler_limits
+        self.scheduler = Scheduler(scheduler_limits)
+        self.follower = Scheduler(scheduler_limits)
+        self.pages = np.full((scheduler_limits.num_blocks, scheduler_limits.block_size), -1, np.int64)
+        self.results: dict[int, tuple[list[int], list[int]]] = {}
+        self.tick = 0
+        self.batches: list[MicroBatch] = []
+
+    def step(self, requests: list[Request] = (), drain: bool = False) -> list[EndedSequence]:
+        ids, tokens = self.results.pop(self.tick - self.limits.lag, ([], []))
+        message = TickMessage(
+            tick=self.tick, requests=tuple(requests), result_ids=np.array(ids, np.int64),
+            result_tokens=np.array(tokens, np.int64), state_hash=self.scheduler.state_hash(), drain=drain,
+        )
+        ended = self.scheduler.apply(message)
+        self.follower.apply(message)
+        batch, other = self.scheduler.schedule(), self.follower.schedule()
+        assert (batch is None) == (other is None)
+        if batch is not None:
+            assert batch.sequence_ids == other.sequence_ids
+            np.testing.assert_array_equal(batch.block_tables, other.block_tables)
+            self.batches.append(batch)
+            self.results[self.tick] = self.execute(batch)
+        self.tick += 1
+        return ended
+
+    def execute(self, batch: MicroBatch) -> tuple[list[int], list[int]]:
+        assert len(set(batch.sequence_ids)) == batch.num_sequences
+        assert batch.num_tokens <= self.limits.max_batch_tokens
+        start, ids, tokens = 0, [], []
+        for index, sequence_id in enumerate(batch.sequence_ids):
+            sequence = self.scheduler.sequence(sequence_id)
+            context, length = int(batch.context_lens[index]), int(batch.query_lens[index])
+            table = batch.block_tables[index]
+            for offset in range(length):
+                position = context + offset
+                block = table[position // self.limits.block_size]
+                assert block != 0, "page 0 is never owned"
+                self.pages[block, position % self.limits.block_size] = batch.token_ids[start + offset]
+            prefix = [
+                int(self.pages[table[p // self.limits.block_size], p % self.limits.block_size])
+                for p in range(context + length)
+            ]
+            assert prefix == sequence.tokens[: context + length], "a page was overwritten or never written"
+            if batch.samples[index]:
+                ids.append(sequence_id)
+                tokens.append(next_token(prefix))
+            start += length
+        return ids, tokens
+
+
+def run(replica: SimulatedReplica, requests: list[Request], at_once: int = 1000) -> dict[int, EndedSequence]:
+    waiting, ended = collections.deque(requests), {}
+    for _ in range(20_000):
+        new = [waiting.popleft() for _ in range(min(at_once, len(waiting)))]
+        for sequence in replica.step(new):
+            assert sequence.request.row not in ended
+            ended[sequence.request.row] = sequence
+        if not waiting and replica.scheduler.num_sequences == 0:
+            return ended
+    raise AssertionError("the scheduler makes no progress")
+
+
+@pytest.mark.parametrize("lag", [1, 2, 3])
+def test_every_sequence_gets_the_tokens_of_the_model(lag):
+    replica = SimulatedReplica(limits(lag=lag))
+    requests = [request(row, 1 + row * 3 % 37) for row in range(40)]
+    ended = run(replica, requests)
+    assert sorted(ended) == list(range(40))
+    for wanted in requests:
+        expected = reference(wanted, 100)
+        assert ended[wanted.row].output_token_ids.tolist() == expected
+        reason = FinishReason.STOP if expected[-1] == EOS else FinishReason.LENGTH
+        assert ended[wanted.row].reason is reason
+    assert replica.scheduler.blocks.num_free + replica.scheduler.blocks.num_resting == 39
+
+
+@pytest.mark.parametrize("lag", [1, 2, 3])
+def test_preemption_happens_and_changes_nothing(lag):
+    replica = SimulatedReplica(limits(lag=lag, num_blocks=20))
+    requests = [request(row, 5 + row % 7, max_tokens=40, ignore_eos=True) for row in range(12)]
+    ended = run(replica, requests)
+    assert replica.scheduler.counters.preemptions > 0
+    for wanted in requests:
+        assert ended[wanted.row].output_token_ids.tolist() == reference(wanted, 100)
+
+
+def test_a_long_prompt_is_prefilled_in_chunks():
+    replica = SimulatedReplica(limits(max_batch_tokens=8))
+    ended = run(replica, [request(0, 50), request(1, 3)])
+    assert replica.scheduler.counters.chunked_prefills >= 5
+    assert ended[0].output_token_ids.tolist() == reference(request(0, 50), 100)
+    assert ended[1].output_token_ids.tolist() == reference(request(1, 3), 100)
+
+
+def test_with_a_lag_that_many_microbatches_are_in_flight_and_balanced():
+    replica = SimulatedReplica(limits(lag=2, num_blocks=400))
+    run(replica, [request(row, 4, max_tokens=20, ignore_eos=True) for row in range(16)])
+    assert replica.scheduler.counters.max_in_flight == 2
+    decodes = [batch for batch in replica.batches if batch.num_prefill_tokens == 0]
+    assert {batch.num_sequences for batch in decodes} == {8}
+
+
+def test_a_sequence_is_never_in_two_microbatches_before_its_token_exists():
+    replica = SimulatedReplica(limits(lag=3))
+    run(replica, [request(row, 3, ignore_eos=True) for row in range(9)])
+    last_drawn: dict[int, int] = {}
+    for batch in replica.batches:
+        for sequence_id, draws in zip(batch.sequence_ids, batch.samples, strict=True):
+            assert batch.tick - last_drawn.get(sequence_id, -100) >= 3
+            if draws:
+                last_drawn[sequence_id] = batch.tick
+
+
+def test_context_limit_ends_a_sequence():
+    replica = SimulatedReplica(limits(max_context=12))
+    ended = run(replica, [request(0, 8, max_tokens=50, ignore_eos=True)])
+    assert ended[0].reason is FinishReason.LENGTH
+    assert len(ended[0].output_token_ids) == 4
+
+
+def test_drain_returns_what_there_is_and_resuming_gives_the_same_tokens():
+    replica = SimulatedReplica(limits(lag=2))
+    requests = [request(row, 6, max_tokens=30, ignore_eos=True) for row in range(20)]
+    for tick in range(9):
+        assert not replica.step(requests if tick == 0 else [])
+    partial = replica.step(drain=True)
+    assert len(partial) == 20 and all(p.reason is FinishReason.NONE for p in partial)
+    assert any(len(p.output_token_ids) > 0 for p in partial)
+    resumed = [
+        Request(
+            row=p.request.row, prompt_token_ids=p.request.prompt_token_ids, sampling=p.request.sampling,
+            output_token_ids=p.output_token_ids,
+        )
+        for p in partial
+    ]
+    ended = run(SimulatedReplica(limits()), resumed)
+    for wanted in requests:
+        assert ended[wanted.row].output_token_ids.tolist() == reference(wanted, 100)
+
+
+def test_a_diverged_rank_is_an_error():
+    leader, other = Scheduler(limits()), Scheduler(limits())
+    nothing = np.empty(0, np.int64)
+    for scheduler, num_tokens in ((leader, 5), (other, 6)):
+        message = TickMessage(
+            tick=0, requests=(request(0, num_tokens),), result_ids=nothing, result_tokens=nothing,
+            state_hash=scheduler.state_hash(),
+        )
+        scheduler.apply(message)
+        scheduler.schedule()
+    message = TickMessage(tick=1, result_ids=nothing, result_tokens=nothing, state_hash=leader.state_hash())
+    leader.apply(message)
+    with pytest.raises(ReplicaDivergedError, match="tick 1"):
+        other.apply(message)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "max_tokens", "words"),
+    [(0, 1, "no tokens"), (100, 1, "at most 99"), (60, 90, "holds 28")],
+)
+def test_rows_that_can_never_run_are_refused(num_tokens, max_tokens, words):
+    scheduler = Scheduler(limits(num_blocks=8))
+    with pytest.raises(RowError, match=words):
+        scheduler.refuse(request(0, num_tokens, max_tokens=max_tokens))
+    scheduler.refuse(request(0, 20, max_tokens=8))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lag=st.integers(1, 4), num_blocks=st.integers(14, 40), max_batch_tokens=st.integers(1, 40),
+    max_sequences=st.integers(1, 12), at_once=st.integers(1, 10),
+    lengths=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 20)), min_size=1, max_size=15),
+)
+def test_any_mix_ends_with_the_right_tokens(lag, num_blocks, max_batch_tokens, max_sequences, at_once, lengths):
+    replica = SimulatedReplica(
+        limits(lag=lag, num_blocks=num_blocks, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
+    )
+    requests = [request(row, prompt, max_tokens=output) for row, (prompt, output) in enumerate(lengths)]
+    for wanted in requests:
+        replica.scheduler.refuse(wanted)
+    ended = run(replica, requests, at_once)
+    for wanted in requests:
+        assert ended[wanted.row].output_token_ids.tolist() == reference(wanted, 100)
