@@ -1,0 +1,187 @@
+"""From the launcher's MPI world to communicators.
+
+    world = start_world()                         # checks the launch, orders the ranks, starts the progress engine
+    tp = split(world, mesh.axis_ranks("tp"), "tp")
+
+A single process without MPI uses `local_world()`; everything above works on it unchanged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hpcinfer.comm.communicator import Communicator
+from hpcinfer.comm.host import HostChannel, LocalHostChannel, MpiHostChannel
+from hpcinfer.comm.local import LocalCommunicator
+from hpcinfer.comm.mpi import DEADLINE_S, MpiCommunicator
+from hpcinfer.comm.mpi_library import load_mpi
+from hpcinfer.comm.progress import ProgressEngine
+from hpcinfer.errors import CommunicationError
+from hpcinfer.launch.env import LaunchEnvironment
+from hpcinfer.launch.guard import check_world
+from hpcinfer.launch.topology import order_ranks
+
+STRICT_VARIABLE = "HPCINFER_COMM_STRICT"
+
+
+@dataclasses.dataclass(kw_only=True)
+class World:
+    """All ranks of a run in mesh order, and what one rank needs to talk to the others."""
+
+    mpi_comm: Any | None
+    """mpi4py communicator in mesh order; None for a single process without MPI."""
+    rank: int
+    size: int
+    host: str
+    node_index: int
+    """Number of this rank's node, 0 to num_nodes - 1."""
+    num_nodes: int
+    local_rank: int
+    """Number of this rank on its node, 0 to local_size - 1."""
+    local_size: int
+    progress: ProgressEngine | None
+    channel: HostChannel
+    """Objects among all ranks of the world."""
+    strict: bool = False
+    """Communicators imitate NCCL's ordering (see `comm.mpi`)."""
+    deadline_s: float = DEADLINE_S
+    """Seconds that any wait may last."""
+
+    def first(self, num_ranks: int) -> World | None:
+        """A world of the first `num_ranks` ranks; None on the others. Collective over this world.
+
+        For tests that run several layouts in one process life.
+        """
+        if num_ranks == self.size:
+            return self
+        if not 1 <= num_ranks <= self.size:
+            raise CommunicationError(
+                f"a world of {num_ranks} ranks", found=f"{self.size} ranks", fix="start more ranks"
+            )
+        comm = _split(self, range(num_ranks) if self.rank < num_ranks else None)
+        if self.rank >= num_ranks:
+            return None
+        if num_ranks == 1:
+            return dataclasses.replace(
+                self, mpi_comm=None, size=1, num_nodes=1, local_size=1, channel=LocalHostChannel("world")
+            )
+        order = order_ranks(comm)
+        return dataclasses.replace(
+            self, mpi_comm=order.mpi_comm, rank=order.rank, size=order.size, node_index=order.node_index,
+            num_nodes=order.num_nodes, local_rank=order.local_rank, local_size=order.local_size,
+            channel=_channel(order.mpi_comm, "world", self),
+        )
+
+    def abort(self, exit_code: int) -> None:
+        """End all ranks of the run at once, whatever they are doing."""
+        if self.mpi_comm is None:
+            os._exit(exit_code)
+        load_mpi().COMM_WORLD.Abort(exit_code)
+
+    def close(self) -> None:
+        """Release the world's channel and end the progress thread. Collective; close communicators before."""
+        self.channel.close()
+        if self.progress is not None:
+            self.progress.close()
+
+
+def start_world(
+    *,
+    environment: LaunchEnvironment | None = None,
+    strict: bool | None = None,
+    deadline_s: float = DEADLINE_S,
+) -> World:
+    """Initialise MPI, check that the world is what the launcher started, and order its ranks. Collective.
+
+    Args:
+        environment: of this process; read from os.environ by default.
+        strict: make strict communicators; by default what the variable HPCINFER_COMM_STRICT says (1 is on).
+        deadline_s: seconds that any wait may last.
+
+    Raises:
+        LaunchError: no MPI, too little thread support, or a world of one rank where the launcher started more.
+    """
+    MPI = load_mpi()
+    environment = environment or LaunchEnvironment.from_environ()
+    check_world(
+        environment, MPI.COMM_WORLD.Get_size(), MPI.COMM_WORLD.Get_rank(), vendor=MPI.get_vendor()[0]
+    )
+    order = order_ranks(MPI.COMM_WORLD)
+    progress = ProgressEngine(rank=order.rank, host=order.host, oversubscribed=order.local_size > order.node_cores)
+    world = World(
+        mpi_comm=order.mpi_comm, rank=order.rank, size=order.size, host=order.host, node_index=order.node_index,
+        num_nodes=order.num_nodes, local_rank=order.local_rank, local_size=order.local_size, progress=progress,
+        channel=LocalHostChannel("world"), deadline_s=deadline_s,
+        strict=os.environ.get(STRICT_VARIABLE) == "1" if strict is None else strict,
+    )
+    if world.size > 1:
+        world.channel = _channel(order.mpi_comm, "world", world)
+    return world
+
+
+def local_world() -> World:
+    """The world of a single process. Needs no MPI."""
+    return World(
+        mpi_comm=None, rank=0, size=1, host=socket.gethostname(), node_index=0, num_nodes=1, local_rank=0, local_size=1,
+        progress=None, channel=LocalHostChannel("world"),
+    )
+
+
+def split(
+    world: World, ranks: Sequence[int] | None, name: str, device: torch.device = torch.device("cpu")
+) -> Communicator | None:
+    """A communicator among `ranks`. Collective over the whole world.
+
+    Args:
+        world: of this run.
+        ranks: world ranks that form this rank's communicator, in its order; every one of them passes the same list, and
+            lists are disjoint. None where this rank is in no communicator of this call.
+        name: for records and errors.
+        device: where tensors live.
+
+    Returns:
+        A LocalCommunicator for one rank, an MpiCommunicator for more, None where `ranks` is None.
+    """
+    comm = _split(world, ranks)
+    if ranks is None:
+        return None
+    if len(ranks) == 1:
+        return LocalCommunicator(name, device)
+    return MpiCommunicator(comm, name, progress=world.progress, strict=world.strict, deadline_s=world.deadline_s)
+
+
+def split_channel(world: World, ranks: Sequence[int] | None, name: str) -> HostChannel | None:
+    """A host channel among `ranks`; see `split`. Collective over the whole world."""
+    comm = _split(world, ranks)
+    if ranks is None:
+        return None
+    if len(ranks) == 1:
+        return LocalHostChannel(name)
+    return MpiHostChannel(comm, name, progress=world.progress, deadline_s=world.deadline_s)
+
+
+def _channel(comm: Any, name: str, world: World) -> HostChannel:
+    return MpiHostChannel(comm.Dup(), name, progress=world.progress, deadline_s=world.deadline_s)
+
+
+def _split(world: World, ranks: Sequence[int] | None) -> Any | None:
+    """A new mpi4py communicator among `ranks`, or None where that is one rank or none."""
+    if ranks is not None and (world.rank not in ranks or not all(0 <= rank < world.size for rank in ranks)):
+        raise CommunicationError(
+            f"a communicator among ranks {list(ranks)}", found=f"rank {world.rank} of {world.size}",
+            fix="list ranks of the world, this rank among them",
+        )
+    if world.mpi_comm is None:
+        return None
+    MPI = load_mpi()
+    if ranks is None or len(ranks) == 1:
+        world.mpi_comm.Split(MPI.UNDEFINED, 0)
+        return None
+    # Lists are disjoint, so that the smallest member tells them apart.
+    return world.mpi_comm.Split(min(ranks), list(ranks).index(world.rank))

@@ -1,0 +1,48 @@
+"""The check that catches the commonest silent failure on clusters: N worlds of one rank instead of one world of N."""
+
+from __future__ import annotations
+
+import time
+
+from hpcinfer.errors import LaunchError
+from hpcinfer.launch.env import LaunchEnvironment
+
+LINGER_S = 10.0
+"""Ranks that do not report wait so long for the one that does: `srun -K1` would kill it when they end first."""
+
+
+def check_world(environment: LaunchEnvironment, world_size: int, world_rank: int, *, vendor: str = "") -> None:
+    """Stop where MPI has a world of one rank and the launcher started more.
+
+    Args:
+        environment: of this process.
+        world_size, world_rank: what MPI says.
+        vendor: name of the MPI library, for the message.
+
+    Raises:
+        LaunchError: `agreed` is set on it, because every rank of such a launch raises the same: the one that the
+            launcher calls rank 0 at once, the others a little later.
+    """
+    expected = environment.expected_ranks
+    if world_size != 1 or expected <= 1:
+        return
+    library = vendor or "the MPI of this environment"
+    if environment.launcher == "srun":
+        flavour = "pmix" if "open mpi" in vendor.lower() else "pmi2"
+        fix = (
+            f"start with srun --mpi={flavour} ({library}; MPICH and Intel MPI take pmi2, Open MPI takes pmix), see "
+            "`srun --mpi=list`, and keep one MPI per environment"
+        )
+    else:
+        fix = (
+            f"this environment's MPI is {library}: use the mpiexec that came with it, and keep one MPI per environment"
+        )
+    error = LaunchError(
+        f"{environment.launcher} started {expected} ranks, but each of them is alone in an MPI world of one rank",
+        found=f"world size {world_size}, world rank {world_rank}; {environment.launcher} started {expected} ranks",
+        fix=fix,
+    )
+    error.agreed = True
+    if environment.launcher_rank != 0:
+        time.sleep(LINGER_S)
+    raise error

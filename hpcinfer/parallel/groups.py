@@ -1,0 +1,98 @@
+"""The communicators of one rank: one for each axis and link of the mesh that it is on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from hpcinfer.comm.bootstrap import World, local_world, split, split_channel
+from hpcinfer.comm.communicator import Communicator
+from hpcinfer.comm.host import HostChannel
+from hpcinfer.errors import ConfigError
+from hpcinfer.parallel.mesh import Mesh
+
+
+@dataclasses.dataclass(kw_only=True)
+class ReplicaGroups:
+    """What one rank talks through inside its replica. Each communicator is independent of the others."""
+
+    mesh: Mesh
+    tp: Communicator
+    """Among the tp ranks of this stage and lane; a LocalCommunicator when tp is 1."""
+    from_previous: Communicator | None
+    """Two ranks: 0 is this rank's neighbour in the previous stage, 1 is this rank. None on the first stage."""
+    to_next: Communicator | None
+    """Two ranks: 0 is this rank, 1 its neighbour in the next stage. None on the last stage."""
+    tokens: Communicator | None
+    """Two ranks: 0 is the sampler (last stage, tp rank 0), 1 the leader. None on all others, and when pp is 1."""
+    control: HostChannel
+    """Objects among all ranks of the replica; rank 0 is the leader."""
+
+    def communicators(self) -> list[Communicator]:
+        """Those that this rank has, for summing counters, checks and warm-up."""
+        return [c for c in (self.tp, self.from_previous, self.to_next, self.tokens) if c is not None]
+
+    def warmup(self) -> None:
+        """Connect every communicator. Collective over the replica."""
+        for communicator in self.communicators():
+            communicator.warmup()
+
+    def check(self) -> None:
+        """Raise CommunicationError where something failed in the background."""
+        for communicator in self.communicators():
+            communicator.check()
+
+    def wait_s(self) -> float:
+        """Seconds that this rank spent blocked in communication so far."""
+        return sum(c.counters.wait_s for c in self.communicators()) + self.control.counters.wait_s
+
+    def close(self) -> None:
+        """Release all of them. Collective over the replica; nothing may be in flight."""
+        for communicator in self.communicators():
+            communicator.close()
+        self.control.close()
+
+
+def build_groups(world: World, mesh: Mesh, device: torch.device = torch.device("cpu")) -> ReplicaGroups:
+    """The groups of this rank. Collective over the whole world, all replicas included.
+
+    Args:
+        world: its size must be the mesh's.
+        mesh: as this rank sees it (`mesh.rank` is `world.rank`).
+        device: where tensors live.
+
+    Raises:
+        ConfigError: mesh and world do not belong together.
+    """
+    if mesh.size != world.size or mesh.rank != world.rank:
+        raise ConfigError(
+            f"a mesh of {mesh.size} ranks ({mesh}) seen from rank {mesh.rank}",
+            found=f"a world of {world.size} ranks, rank {world.rank}",
+            fix="use Mesh.of(world.size, ..., rank=world.rank)",
+        )
+    tp = split(world, mesh.axis_ranks("tp"), "tp", device)
+    # One split makes disjoint groups only, and a middle stage is on two links: even ones first, then odd ones.
+    links = {}
+    for parity in (0, 1):
+        for step in (+1, -1):
+            first = mesh.stage if step > 0 else mesh.stage - 1
+            other = mesh.neighbour(step)
+            if other is not None and first % 2 == parity:
+                pair = [mesh.rank, other] if step > 0 else [other, mesh.rank]
+                links[step] = split(world, pair, f"pp {first}>{first + 1}", device)
+                break
+        else:
+            split(world, None, "pp", device)
+    # With several lanes each lane's sampler needs a link of its own; lane 0's is made here.
+    ends = [mesh.rank_of(stage=mesh.pp - 1, lane=0, tp_rank=0), mesh.leader]
+    tokens = split(world, ends if mesh.pp > 1 and mesh.rank in ends else None, "tokens", device)
+    control = split_channel(world, mesh.replica_ranks(), "control")
+    return ReplicaGroups(
+        mesh=mesh, tp=tp, from_previous=links.get(-1), to_next=links.get(+1), tokens=tokens, control=control
+    )
+
+
+def local_groups(device: torch.device = torch.device("cpu")) -> ReplicaGroups:
+    """The groups of a single process. Needs no MPI."""
+    return build_groups(local_world(), Mesh(), device)
