@@ -1,0 +1,1 @@
+"""A replica: one model instance over its ranks, ticking through microbatches."""

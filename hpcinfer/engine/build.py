@@ -1,0 +1,151 @@
+"""Puts a replica together on one rank: checks, weights, pages, scheduler.
+
+Everything that can be wrong is looked for before weights are read, and everything that a scheduling decision depends on is
+agreed over the replica.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+
+import torch
+
+from hpcinfer.attention.base import AttentionBackend
+from hpcinfer.attention.registry import ENVIRONMENT_VARIABLE, attention_query, select_backend
+from hpcinfer.comm.host import HostChannel
+from hpcinfer.config.job import EngineSection
+from hpcinfer.config.model import ModelConfig
+from hpcinfer.config.parallel import ParallelConfig, check_layout
+from hpcinfer.engine.memory import context_limit, num_kv_blocks
+from hpcinfer.engine.replica import Replica
+from hpcinfer.engine.worker import Worker
+from hpcinfer.models.base import StageModel
+from hpcinfer.models.footprint import layer_parameters
+from hpcinfer.models.registry import model_class
+from hpcinfer.observe.metrics import PhaseClock
+from hpcinfer.parallel.agree import agree, together
+from hpcinfer.parallel.groups import ReplicaGroups
+from hpcinfer.pipeline.partition import explicit_split, split_layers
+from hpcinfer.pipeline.runner import StageRunner
+from hpcinfer.pipeline.transfer import StageLinks
+from hpcinfer.scheduler.scheduler import Scheduler, SchedulerLimits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ReplicaPlan:
+    """What one rank will hold, known before weights are read."""
+
+    model: ModelConfig
+    dtype: str
+    """float32, bfloat16 or float16: of weights, activations and pages."""
+    layers: range
+    """This rank's stage."""
+    attention: AttentionBackend
+    limits: SchedulerLimits
+    """Agreed over the replica."""
+
+
+def plan_replica(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    engine: EngineSection,
+    groups: ReplicaGroups,
+    world: HostChannel,
+    *,
+    dtype: str,
+    device: torch.device,
+    available_bytes: int,
+) -> ReplicaPlan:
+    """Check model, layout and memory against each other and agree. Collective over the world.
+
+    Args:
+        world: channel over all ranks: a misfit on one of them is raised on all.
+        dtype: "auto" takes the checkpoint's own.
+        available_bytes: memory that this rank may use.
+
+    Raises:
+        ConfigError: a misfit, with the nearest valid choice.
+    """
+    dtype = model.dtype if dtype == "auto" else dtype
+    layers, attention, blocks = together(
+        world, lambda: _plan_rank(model, parallel, engine, groups.mesh.stage, dtype, device, available_bytes)
+    )
+    agreed = agree(
+        groups.control,
+        minimum={"num_blocks": blocks},
+        leader={"block_size": engine.block_size, "attention": attention.name},
+    )
+    limits = SchedulerLimits(
+        num_blocks=agreed["num_blocks"],
+        block_size=agreed["block_size"],
+        max_batch_tokens=engine.max_batch_tokens,
+        max_sequences=engine.max_sequences,
+        max_context=context_limit(model, engine),
+        lag=parallel.pp,
+        eos_token_ids=frozenset(model.eos_token_ids),
+    )
+    return ReplicaPlan(model=model, dtype=dtype, layers=layers, attention=attention, limits=limits)
+
+
+def _plan_rank(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    engine: EngineSection,
+    stage: int,
+    dtype: str,
+    device: torch.device,
+    available_bytes: int,
+) -> tuple[range, AttentionBackend, int]:
+    """This rank's layers, attention backend and number of pages."""
+    check_layout(model, parallel)
+    layers = stage_layers(model, parallel)[stage]
+    attention = select_backend(
+        attention_query(
+            model, tp=parallel.tp, block_size=engine.block_size, dtype=getattr(torch, dtype), device=device
+        ),
+        setting=engine.attention,
+        environment=os.environ.get(ENVIRONMENT_VARIABLE, ""),
+    )
+    blocks = num_kv_blocks(
+        model, engine, layers=layers, tp=parallel.tp, dtype=dtype, available_bytes=available_bytes
+    )
+    return layers, attention, blocks
+
+
+def stage_layers(model: ModelConfig, parallel: ParallelConfig) -> list[range]:
+    """The layers of every stage: as the job says, or split by the weights that a step reads, the head counted."""
+    if parallel.layer_split:
+        return explicit_split(parallel.layer_split)
+    layer = layer_parameters(model, parallel.tp)
+    head = model.vocab_size * model.hidden_size / parallel.tp
+    return split_layers([1.0] * model.num_layers, parallel.pp, last_extra=head / layer)
+
+
+def build_replica(
+    plan: ReplicaPlan,
+    groups: ReplicaGroups,
+    *,
+    device: torch.device,
+    clock: PhaseClock,
+    load: Callable[[StageModel], None],
+) -> Replica:
+    """Make the stage, give it its weights by `load`, allocate the pages. Collective over the replica.
+
+    Args:
+        load: puts weights into the stage (from a checkpoint, or random ones).
+    """
+    dtype = getattr(torch, plan.dtype)
+    with clock.phase("load"):
+        model = model_class(plan.model)(
+            plan.model, layers=plan.layers, tp=groups.tp, backend=plan.attention, dtype=dtype, device=device
+        )
+        load(model)
+        kv = model.allocate_kv(num_blocks=plan.limits.num_blocks, block_size=plan.limits.block_size)
+        links = StageLinks(
+            groups.from_previous, groups.to_next, hidden_size=plan.model.hidden_size, dtype=dtype, device=device
+        )
+        worker = Worker(StageRunner(model, kv, links), groups, device=device, clock=clock)
+        groups.warmup()
+    return Replica(worker=worker, scheduler=Scheduler(plan.limits), control=groups.control)

@@ -1,0 +1,117 @@
+"""An engine inside this process: prompts in, generations out as they finish. One rank, no run directory, no MPI."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hpcinfer.config.job import EngineSection
+from hpcinfer.config.model import ModelConfig
+from hpcinfer.config.parallel import ParallelConfig
+from hpcinfer.data.tokenize import Tokenizer
+from hpcinfer.engine.build import build_replica, plan_replica
+from hpcinfer.engine.memory import available_host_bytes
+from hpcinfer.engine.outcome import failed_generation, generation_of
+from hpcinfer.errors import RowError
+from hpcinfer.models.weights import Checkpoint, load_stage
+from hpcinfer.observe.metrics import PhaseClock
+from hpcinfer.parallel.groups import local_groups
+from hpcinfer.request import Generation, Request, SamplingParams
+
+_QUEUE_DEPTH = 2
+"""Requests kept ready, as a multiple of the sequences in work."""
+
+
+class Engine:
+    """A model loaded into this process.
+
+        engine = Engine("datasets/demo-model")
+        for generation in engine.generate(["17+25="], SamplingParams(max_tokens=8)):
+            print(generation.row, generation.text)
+
+    Args:
+        model: a Hugging Face folder.
+        dtype: float32, bfloat16, float16, or auto (the checkpoint's own).
+        engine: batching and memory, see `EngineSection`.
+
+    Raises:
+        CheckpointError: the folder is incomplete or not supported.
+        ConfigError: the model does not fit.
+    """
+
+    def __init__(self, model: str | Path, *, dtype: str = "auto", engine: EngineSection = EngineSection()) -> None:
+        config = ModelConfig.from_folder(model)
+        device = torch.device("cpu")
+        groups = local_groups(device)
+        plan = plan_replica(
+            config, ParallelConfig(), engine, groups, groups.control, dtype=dtype, device=device,
+            available_bytes=available_host_bytes(1),
+        )
+        checkpoint = Checkpoint(model)
+        self.clock = PhaseClock()
+        self._replica = build_replica(
+            plan, groups, device=device, clock=self.clock, load=lambda stage: load_stage(stage, checkpoint)
+        )
+        self._tokenizer = Tokenizer(model) if (Path(model) / "tokenizer.json").is_file() else None
+        self._queue_depth = _QUEUE_DEPTH * engine.max_sequences
+
+    @property
+    def scheduler(self):
+        """The scheduler, for its counters."""
+        return self._replica.scheduler
+
+    def generate(
+        self, prompts: Iterable[str | Sequence[int]], sampling: SamplingParams = SamplingParams()
+    ) -> Iterator[Generation]:
+        """Generate for each prompt; yield each generation as it finishes, in no fixed order.
+
+        Args:
+            prompts: strings, or sequences of token ids. Read only as far ahead as the engine needs, so it may be endless.
+            sampling: for all of them.
+
+        Yields:
+            Generations; `row` is the number of the prompt, counted from 0. A prompt that cannot be run yields one with
+            status FAILED and the reason.
+        """
+        waiting = iter(enumerate(prompts))
+        exhausted = False
+        try:
+            while not exhausted or not self._replica.is_idle:
+                requests: list[Request] = []
+                while not exhausted and self._replica.scheduler.num_sequences + len(requests) < self._queue_depth:
+                    row, prompt = next(waiting, (None, None))
+                    if row is None:
+                        exhausted = True
+                    else:
+                        yield from self._accept(row, prompt, sampling, requests)
+                for ended in self._replica.step(requests):
+                    yield generation_of(ended, self._tokenizer)
+        finally:
+            if not self._replica.is_idle:  # the caller stopped listening
+                self._replica.step([], drain=True)
+
+    def _accept(
+        self, row: int, prompt: str | Sequence[int], sampling: SamplingParams, requests: list[Request]
+    ) -> Iterator[Generation]:
+        """Add the prompt's samples to `requests`, or yield a failed generation for each."""
+        try:
+            token_ids = self._token_ids(prompt)
+            made = [
+                Request(row=row, sample=sample, prompt_token_ids=token_ids, sampling=sampling)
+                for sample in range(sampling.n)
+            ]
+            self._replica.scheduler.refuse(made[0])
+        except RowError as error:
+            yield from (failed_generation(row, sample, str(error)) for sample in range(sampling.n))
+        else:
+            requests += made
+
+    def _token_ids(self, prompt: str | Sequence[int]) -> np.ndarray:
+        if not isinstance(prompt, str):
+            return np.asarray(prompt, np.int32)
+        if self._tokenizer is None:
+            raise RowError("the model folder has no tokenizer.json: give token ids")
+        return self._tokenizer.encode(prompt)

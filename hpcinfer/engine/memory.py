@@ -1,0 +1,108 @@
+"""How many pages the K/V cache of a rank gets, decided before any weight is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hpcinfer.config.job import EngineSection
+from hpcinfer.config.model import ModelConfig
+from hpcinfer.errors import ConfigError
+from hpcinfer.models.footprint import DTYPE_BYTES, activation_bytes, kv_bytes_per_token, weight_bytes
+from hpcinfer.units import format_bytes, parse_bytes
+
+
+def context_limit(model: ModelConfig, engine: EngineSection) -> int:
+    """Longest sequence in tokens: what the job asks, at most what the model allows. Raises ConfigError above that."""
+    if engine.max_context > model.max_position_embeddings:
+        raise ConfigError(
+            f"engine.max_context = {engine.max_context} is longer than the model's context",
+            found=f"max_position_embeddings = {model.max_position_embeddings}",
+            fix=f"set engine.max_context = {model.max_position_embeddings} or leave it out",
+        )
+    return engine.max_context or model.max_position_embeddings
+
+
+def num_kv_blocks(
+    model: ModelConfig,
+    engine: EngineSection,
+    *,
+    layers: range,
+    tp: int,
+    dtype: str,
+    available_bytes: int,
+) -> int:
+    """Pages for one rank, page 0 included: what the setting or the free memory gives, and no more than can be used.
+
+    Args:
+        layers: of this rank's stage.
+        tp: tensor parallel ranks.
+        dtype: of weights and pages.
+        available_bytes: memory free for this rank before its weights are loaded.
+
+    Raises:
+        ConfigError: weights do not fit, or no sequence of the asked length would fit into the pages.
+    """
+    dtype_bytes = DTYPE_BYTES[dtype]
+    page_bytes = kv_bytes_per_token(model, len(layers), tp, dtype_bytes) * engine.block_size
+    weights = weight_bytes(model, layers, tp, dtype_bytes)
+    working = activation_bytes(
+        model, engine.max_batch_tokens, tp, dtype_bytes, num_logit_rows=min(engine.max_sequences, engine.max_batch_tokens)
+    )
+    free = available_bytes - weights - working
+    if free <= 0:
+        raise ConfigError(
+            f"the weights of {len(layers)} layers do not fit into this rank's memory",
+            found=f"weights {format_bytes(weights)}, working space {format_bytes(working)}, free {format_bytes(available_bytes)}",
+            fix="raise parallel.tp or parallel.pp, lower engine.max_batch_tokens, or start fewer ranks a node",
+        )
+    asked = free * engine.kv_memory_share if engine.kv_memory == "auto" else parse_bytes(engine.kv_memory)
+    if asked > free:
+        raise ConfigError(
+            f"engine.kv_memory = {engine.kv_memory!r} is more than this rank has",
+            found=f"{format_bytes(free)} free after weights of {format_bytes(weights)} and {format_bytes(working)} of working space",
+            fix=f"give at most {format_bytes(free)}, or auto",
+        )
+    longest = -(-context_limit(model, engine) // engine.block_size)
+    blocks = min(int(asked // page_bytes), longest * engine.max_sequences)
+    needed = longest if engine.max_context else 1
+    if blocks < needed:
+        raise ConfigError(
+            "no memory for the keys and values"
+            + (f" of one sequence of engine.max_context = {engine.max_context} tokens" if engine.max_context else ""),
+            found=f"{format_bytes(asked)} hold {blocks * engine.block_size} tokens at {format_bytes(page_bytes / engine.block_size)} a token",
+            fix=f"raise engine.kv_memory to {format_bytes(needed * page_bytes)} or more, raise parallel.tp or parallel.pp"
+            + (f", or lower engine.max_context to {blocks * engine.block_size}" if blocks and engine.max_context else ""),
+        )
+    return blocks + 1
+
+
+def available_host_bytes(num_local_ranks: int) -> int:
+    """Memory that this rank may take on this node: its equal share of what is free, within the job's cgroup."""
+    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(meminfo["MemAvailable"].split()[0]) * 1024
+    limit = _cgroup_free()
+    return (free if limit is None else min(free, limit)) // num_local_ranks
+
+
+def _cgroup_free() -> int | None:
+    """Bytes left in this process's memory cgroup (v2), the tightest of its ancestors; None where there is no limit."""
+    try:
+        entries = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    path = next((entry.split("::", 1)[1] for entry in entries if entry.startswith("0::")), None)
+    if path is None:
+        return None
+    root = Path("/sys/fs/cgroup")
+    folder = root / path.lstrip("/")
+    frees = []
+    for level in (folder, *folder.parents):
+        if not level.is_relative_to(root):
+            break
+        try:
+            limit, used = (level / "memory.max").read_text().strip(), (level / "memory.current").read_text().strip()
+        except OSError:
+            continue
+        if limit != "max":
+            frees.append(int(limit) - int(used))
+    return min(frees) if frees else None

@@ -1,0 +1,28 @@
+"""From what leaves the scheduler to output rows."""
+
+from __future__ import annotations
+
+from hpcinfer.data.tokenize import Tokenizer
+from hpcinfer.request import FinishReason, Generation, Status
+from hpcinfer.scheduler.scheduler import EndedSequence
+
+
+def generation_of(ended: EndedSequence, tokenizer: Tokenizer | None) -> Generation:
+    """The output row of a sequence that ended, or of one that a drain cut short (status PARTIAL)."""
+    request = ended.request
+    return Generation(
+        row=request.row,
+        sample=request.sample,
+        status=Status.PARTIAL if ended.reason is FinishReason.NONE else Status.OK,
+        finish_reason=ended.reason,
+        token_ids=ended.output_token_ids,
+        text=tokenizer.decode(ended.output_token_ids) if tokenizer else "",
+        num_prompt_tokens=len(request.prompt_token_ids),
+    )
+
+
+def failed_generation(row: int, sample: int, error: str, num_prompt_tokens: int = 0) -> Generation:
+    """The output row of a (row, sample) that cannot be run."""
+    return Generation(
+        row=row, sample=sample, status=Status.FAILED, error=error, num_prompt_tokens=num_prompt_tokens
+    )

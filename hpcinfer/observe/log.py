@@ -1,0 +1,40 @@
+"""Logs: a file for every rank in the run directory, and a short console from rank 0."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+_FILE_FORMAT = "%(asctime)s.%(msecs)03d %(levelname)s %(name)s: %(message)s"
+_TIME_FORMAT = "%Y-%m-%dT%H:%M:%S"
+
+
+def rank_log(rank: int, host: str, *, file: Path | None = None, console: bool = False) -> logging.Logger:
+    """A logger of one rank; it belongs to its caller and is not in the logging module's global tree.
+
+    Args:
+        rank: world rank, for the name.
+        host: host name, for the name.
+        file: where everything is written; None for nowhere. The folder must exist.
+        console: also print messages, without a prefix, to stderr.
+    """
+    log = logging.Logger(f"rank {rank} on {host}", logging.INFO)
+    if file is not None:
+        handler = logging.FileHandler(file, encoding="utf-8", delay=True)
+        handler.setFormatter(logging.Formatter(_FILE_FORMAT, _TIME_FORMAT))
+        log.addHandler(handler)
+    if console:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+    if not log.handlers:
+        log.addHandler(logging.NullHandler())
+    return log
+
+
+def close_log(log: logging.Logger) -> None:
+    """Close the files of a logger made by `rank_log`."""
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,99 @@
+"""Greedy generation in every layout against Hugging Face transformers, with chunked prefill and preemption at work.
+
+Each variant of every family is written by transformers (random, float32), run through all layouts in one world of four MPI
+ranks, and compared token for token and logit for logit with transformers' own forward over the same sequences.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from hpcinfer.sampling.rng import keyed_uniform
+from tests.checkpoints import VARIANTS, load_reference, make_variant
+from tests.mpi import run_ranks
+
+LAYOUTS = {
+    "tp1": {"ranks": 1, "layout": {}},
+    "tp2": {"ranks": 2, "layout": {"tp": 2}},
+    "pp2": {"ranks": 2, "layout": {"pp": 2}},
+    "pp3": {"ranks": 3, "layout": {"pp": 3}},
+    "dp2": {"ranks": 2, "layout": {}},
+    "tp2 x pp2": {"ranks": 4, "layout": {"tp": 2, "pp": 2}},
+    "dp2 x tp2": {"ranks": 4, "layout": {"tp": 2}},
+}
+# 20 pages of 4 tokens for sequences that reach 49 tokens, and microbatches of 16 tokens for prompts of up to 37: preemption
+# and chunked prefill must happen in every layout.
+ENGINE = {"block_size": 4, "max_batch_tokens": 16, "max_sequences": 8, "max_context": 64}
+NUM_BLOCKS = 20
+PROMPT_LENS = (1, 37, 12, 23, 5, 30, 18, 2, 9, 33)
+MAX_TOKENS = 12
+LOGIT_TOLERANCE = 1e-4
+"""Logits are 5 to 10 here; another order of float32 sums moves them by about 1e-5, a wrong feature by 1e-1 or more."""
+MARGIN = 1e-5
+"""Two tokens whose reference logits are closer than this may change places: float32 does not tell them apart."""
+
+ALWAYS = ("llama", "mistral", "qwen2", "qwen3", "llama-kv1-tied")
+CASES = [pytest.param(name, marks=() if name in ALWAYS else pytest.mark.full) for name in VARIANTS]
+
+
+@pytest.mark.parametrize("variant", CASES)
+def test_tokens_and_logits_equal_transformers(variant, tmp_path):
+    overrides = {"max_shard_size": "20KB"} if variant == "llama" else {}
+    folder = make_variant(tmp_path / "model", variant, **overrides)
+    if overrides:
+        assert len(list(folder.glob("model-*.safetensors"))) > 1
+    reference = load_reference(folder)
+    rows = make_rows(reference.config.vocab_size)
+    results = run_cases(tmp_path, folder, rows)
+    for name in LAYOUTS:
+        for row in rows:
+            check_row(reference, row, results, name)
+        preemptions, chunks, in_flight = results[f"{name}/counters"].tolist()
+        assert chunks > 0, f"{name}: no prefill was chunked"
+        assert preemptions > 0, f"{name}: nothing was preempted"
+        assert in_flight == LAYOUTS[name]["layout"].get("pp", 1), f"{name}: microbatches in flight"
+
+
+def make_rows(vocab_size: int) -> list[dict]:
+    rng = np.random.default_rng(5)
+    return [
+        {
+            "row": row,
+            "prompt": rng.integers(3, vocab_size, length).tolist(),
+            "sampling": {"max_tokens": MAX_TOKENS, "ignore_eos": row % 2 == 0},
+        }
+        for row, length in enumerate(PROMPT_LENS)
+    ]
+
+
+def run_cases(tmp_path, folder, rows) -> dict[str, np.ndarray]:
+    cases = {"layouts": LAYOUTS, "rows": rows, "engine": ENGINE, "num_blocks": NUM_BLOCKS}
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    run_ranks(
+        4, ["tests/parity/parity_rank.py", folder, tmp_path / "cases.json", tmp_path / "results.npz"], timeout_s=240
+    ).check()
+    with np.load(tmp_path / "results.npz") as stored:
+        return dict(stored)
+
+
+def check_row(reference, row: dict, results: dict[str, np.ndarray], name: str) -> None:
+    """Tokens are those of greedy decoding (margin rule), and the logits behind them are the reference's."""
+    prompt, tokens = row["prompt"], results[f"{name}/tokens/{row['row']}"].tolist()
+    with torch.no_grad():
+        logits = reference(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+    for position, token in enumerate(tokens):
+        gap = (logits[position].max() - logits[position, token]).item()
+        assert gap < MARGIN, f"{name}, row {row['row']}: token {token} at {position} is {gap} below the reference's best"
+    eos = reference.config.eos_token_id
+    ended = not row["sampling"]["ignore_eos"] and tokens[-1] == eos
+    assert ended or len(tokens) == MAX_TOKENS
+    assert row["sampling"]["ignore_eos"] or eos not in tokens[:-1]
+    uniforms = keyed_uniform([0] * len(tokens), [row["row"]] * len(tokens), [0] * len(tokens), len(prompt) + np.arange(len(tokens)))
+    found = np.searchsorted(results[f"{name}/uniforms"], uniforms)
+    np.testing.assert_array_equal(results[f"{name}/uniforms"][found], uniforms)
+    error = np.abs(results[f"{name}/logits"][found] - logits.numpy()).max()
+    assert error < LOGIT_TOLERANCE, f"{name}, row {row['row']}: logits differ by {error}"
