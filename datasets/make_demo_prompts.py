@@ -7,17 +7,13 @@ format version 1, same rows in the same order). The same seed and count give the
 """
 
 import argparse
-import hashlib
 import json
 from pathlib import Path
 
-import h5py
-import numpy as np
 from demo_task import draw_unique_prompts, solve
 
-FORMAT = "hpcinfer-prompts"
-VERSION = 1
-CHUNK_BYTES = 64 * 1024
+from hpcinfer.data.prompts_writer import PromptsWriter
+
 DEFAULT_FOLDER = Path(__file__).resolve().parent / "demo"
 
 
@@ -32,35 +28,11 @@ def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def pack_texts(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (data u1 [bytes], offsets i8 [n + 1]): text i is the UTF-8 of `data[offsets[i]:offsets[i + 1]]`."""
-    encoded = [text.encode() for text in texts]
-    offsets = np.zeros(len(texts) + 1, dtype="<i8")
-    np.cumsum([len(text) for text in encoded], out=offsets[1:])
-    return np.frombuffer(b"".join(encoded), dtype="u1"), offsets
-
-
-def write_texts(group: h5py.Group, texts: list[str]) -> str:
-    """Writes packed texts as `data` and `offsets` into a group.
-
-    Returns:
-        The SHA-256, in hexadecimal, of the offsets' bytes followed by the data's.
-    """
-    data, offsets = pack_texts(texts)
-    for name, values in (("data", data), ("offsets", offsets)):
-        # maxshape: HDF5 refuses a chunk that is larger than a dataset of fixed size.
-        chunks = (CHUNK_BYTES // values.itemsize,)
-        group.create_dataset(name, data=values, chunks=chunks, maxshape=(None,), fletcher32=True)
-    return hashlib.sha256(offsets.tobytes() + data.tobytes()).hexdigest()
-
-
 def write_prompts_h5(path: Path, rows: list[dict[str, str]]) -> None:
-    """Writes a prompts file of version 1: `/prompts`, `/id` and `/meta/answer`, each packed texts."""
-    with h5py.File(path, "w") as file:
-        fingerprint = write_texts(file.create_group("prompts"), [row["prompt"] for row in rows])
-        write_texts(file.create_group("id"), [row["id"] for row in rows])
-        write_texts(file.create_group("meta/answer"), [row["answer"] for row in rows])
-        file.attrs.update(format=FORMAT, version=VERSION, n_rows=len(rows), fingerprint=fingerprint)
+    """Writes a prompts file: `/prompts`, `/id` and `/meta/answer`."""
+    with PromptsWriter(path) as writer:
+        for row in rows:
+            writer.append(row["prompt"], id=row["id"], meta={"answer": row["answer"]})
 
 
 def main() -> None:

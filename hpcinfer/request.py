@@ -10,6 +10,10 @@ import numpy as np
 from hpcinfer.errors import ConfigError
 
 
+NOT_A_TOKEN = -1
+"""Drawn where a model's logits are not numbers; the row fails and the others go on."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
     """How tokens are chosen. The `[sampling]` section of a job; a row of the prompts may override any field."""

@@ -8,8 +8,10 @@ from hpcinfer.scheduler.scheduler import EndedSequence
 
 
 def generation_of(ended: EndedSequence, tokenizer: Tokenizer | None) -> Generation:
-    """The output row of a sequence that ended, or of one that a drain cut short (status PARTIAL)."""
+    """The output row of a sequence that ended, failed, or was cut short by a drain (status PARTIAL)."""
     request = ended.request
+    if ended.error:
+        return failed_generation(request.row, request.sample, ended.error, len(request.prompt_token_ids))
     return Generation(
         row=request.row,
         sample=request.sample,

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from hpcinfer.request import Request
+from hpcinfer.request import NOT_A_TOKEN, Request
 from hpcinfer.sampling.logits import probabilities
 from hpcinfer.sampling.rng import keyed_uniform
 
@@ -58,14 +58,15 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
         batch: parameters and draws of the S rows.
 
     Returns:
-        int64 [S] on the device of `logits`.
+        int64 [S] on the device of `logits`; NOT_A_TOKEN where the logits are not numbers.
     """
     tokens = logits.argmax(dim=-1)
     drawn = np.flatnonzero(batch.temperature > 0)
     if len(drawn):
         rows = torch.from_numpy(drawn).to(logits.device)
         tokens[rows] = _draw(logits[rows], batch, drawn)
-    return tokens
+    # A maximum that is not finite gives the whole row away: NaN wins every maximum.
+    return tokens.masked_fill(~logits.amax(dim=-1).isfinite(), NOT_A_TOKEN)
 
 
 def _draw(logits: torch.Tensor, batch: SamplingBatch, drawn: np.ndarray) -> torch.Tensor:

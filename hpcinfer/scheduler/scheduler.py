@@ -15,7 +15,7 @@ import numpy as np
 from hpcinfer.batch import MicroBatch
 from hpcinfer.errors import ReplicaDivergedError, RowError
 from hpcinfer.kvcache.blocks import BlockManager
-from hpcinfer.request import FinishReason, Request
+from hpcinfer.request import NOT_A_TOKEN, FinishReason, Request
 from hpcinfer.scheduler.message import TickMessage
 from hpcinfer.scheduler.sequence import Sequence
 
@@ -61,12 +61,14 @@ class SchedulerCounters:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EndedSequence:
-    """A sequence that left the scheduler; `reason` NONE means that a drain cut it short."""
+    """A sequence that left the scheduler; `reason` NONE without an error means that a drain cut it short."""
 
     request: Request
     output_token_ids: np.ndarray
     """int32: everything generated, earlier lives included."""
     reason: FinishReason
+    error: str = ""
+    """Why it failed."""
 
 
 class Scheduler:
@@ -182,6 +184,11 @@ class Scheduler:
             sequence = self._by_id.get(sequence_id)
             if sequence is None:  # drained while its last token was in flight
                 continue
+            if token == NOT_A_TOKEN:
+                self._running.remove(sequence)
+                error = f"the model's logits are not finite numbers after {sequence.num_output_tokens} output tokens"
+                ended.append(self._end(sequence, FinishReason.NONE, error))
+                continue
             sequence.tokens.append(token)
             reason = sequence.finish_reason(self.limits.eos_token_ids, self.limits.max_context)
             if reason is not FinishReason.NONE:
@@ -189,10 +196,12 @@ class Scheduler:
                 ended.append(self._end(sequence, reason))
         return ended
 
-    def _end(self, sequence: Sequence, reason: FinishReason) -> EndedSequence:
+    def _end(self, sequence: Sequence, reason: FinishReason, error: str = "") -> EndedSequence:
         del self._by_id[sequence.id]
         self.blocks.release(sequence.blocks, self._tick)
-        return EndedSequence(request=sequence.request, output_token_ids=sequence.output_token_ids, reason=reason)
+        return EndedSequence(
+            request=sequence.request, output_token_ids=sequence.output_token_ids, reason=reason, error=error
+        )
 
     def _give_up_all(self) -> list[EndedSequence]:
         ended = [self._end(sequence, FinishReason.NONE) for sequence in [*self._running, *self._waiting]]

@@ -12,7 +12,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from hpcinfer.request import Request, SamplingParams
+from hpcinfer.request import NOT_A_TOKEN, Request, SamplingParams
 from hpcinfer.sampling.logits import probabilities
 from hpcinfer.sampling.sampler import SamplingBatch, sample
 
@@ -71,3 +71,14 @@ def test_a_uniform_at_either_end_draws_a_token_that_has_probability():
         uniforms=np.array([0.0, 1 - 2.0**-53]),
     )
     assert sample(logits, batch).tolist() == [1, 3]
+
+
+def test_logits_that_are_not_numbers_give_no_token_and_leave_the_other_rows_alone():
+    logits = torch.randn(4, 20, generator=torch.Generator().manual_seed(3))
+    good = sample(logits, SamplingBatch.of((request(row, temperature=row % 2), 5) for row in range(4)))
+    broken = logits.clone()
+    broken[0, 7] = torch.nan
+    broken[1, :] = -torch.inf
+    broken[2, 3] = torch.inf
+    tokens = sample(broken, SamplingBatch.of((request(row, temperature=row % 2), 5) for row in range(4)))
+    assert tokens.tolist() == [NOT_A_TOKEN, NOT_A_TOKEN, NOT_A_TOKEN, good[3].item()]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hpcinfer.batch import MicroBatch
 from hpcinfer.errors import ReplicaDivergedError, RowError
-from hpcinfer.request import FinishReason, Request, SamplingParams
+from hpcinfer.request import NOT_A_TOKEN, FinishReason, Request, SamplingParams
 from hpcinfer.scheduler.message import TickMessage
 from hpcinfer.scheduler.scheduler import EndedSequence, Scheduler, SchedulerLimits
 
@@ -236,3 +236,16 @@ def test_any_mix_ends_with_the_right_tokens(lag, num_blocks, max_batch_tokens, m
     ended = run(replica, requests, at_once)
     for wanted in requests:
         assert ended[wanted.row].output_token_ids.tolist() == reference(wanted, 100)
+
+
+def test_a_sequence_without_a_token_fails_alone():
+    replica = SimulatedReplica(limits())
+    requests = [request(row, 5, max_tokens=10, ignore_eos=True) for row in range(4)]
+    replica.step(requests)
+    ids, tokens = replica.results[0]
+    replica.results[0] = (ids, [NOT_A_TOKEN, *tokens[1:]])
+    ended = replica.step()
+    assert [e.request.row for e in ended] == [0] and "not finite" in ended[0].error
+    others = run(replica, [])
+    for wanted in requests[1:]:
+        assert others[wanted.row].output_token_ids.tolist() == reference(wanted, 100)

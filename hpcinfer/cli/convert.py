@@ -1,0 +1,123 @@
+"""Prompts from JSON Lines, plain text or foreign HDF5 to a prompts file.
+
+Streams, whatever the size. Bad lines are reported with their number, written to DEST.rejected.jsonl, and left out; the
+good ones are kept. Gzipped sources are understood.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Callable
+
+from hpcinfer.errors import ExitCode, UsageError
+from hpcinfer.units import format_count
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of `hpcinfer convert`."""
+    from hpcinfer.data.convert.base import ConvertOptions
+
+    defaults = ConvertOptions()
+    parser.add_argument("sources", nargs="+", metavar="SRC", help="source files, or a folder or glob of HDF5 shards")
+    parser.add_argument("destination", metavar="DEST.h5", help="the prompts file to write")
+    parser.add_argument("--format", default="", metavar="NAME", help="jsonl, text or hdf5 (default: by SRC's name)")
+    parser.add_argument(
+        "--prompt-column", default=defaults.prompt_column, metavar="NAME",
+        help="column with the prompt: text or a list of token ids (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--id-column", default=defaults.id_column, metavar="NAME",
+        help="column with the row's own name, required in every line (default: id, where there is one)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sampling-columns", default=defaults.sampling_columns, metavar="NAMES",
+        help="columns that override the job's sampling for their row: all, none, or names with commas; "
+        "names are those of the job's [sampling] section (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--meta-columns", default=defaults.meta_columns, metavar="NAMES",
+        help="other columns to keep under /meta: all, none, or names with commas (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--dataset", default=defaults.dataset, metavar="NAME", help="for HDF5: where the prompts are")
+    parser.add_argument(
+        "--max-rejected", default="100%", metavar="N|P%",
+        help="more rejected lines than this count or share are a failure (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace DEST.h5 if it exists")
+    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Converts, and prints what came of it. Returns 0."""
+    from hpcinfer.data.convert.base import ConvertOptions
+    from hpcinfer.data.convert.driver import ConvertSummary, convert
+
+    counter = _Counter()
+
+    def progress(summary: ConvertSummary) -> None:
+        counter.show(f"{format_count(summary.num_rows)} rows, {format_count(summary.num_rejected)} rejected")
+
+    def rejected(text: str) -> None:
+        counter.clear()
+        print(f"rejected {text}", file=sys.stderr)
+
+    options = ConvertOptions(
+        prompt_column=args.prompt_column,
+        id_column=args.id_column,
+        sampling_columns=args.sampling_columns,
+        meta_columns=args.meta_columns,
+        dataset=args.dataset,
+    )
+    try:
+        summary = convert(
+            args.sources,
+            args.destination,
+            format=args.format,
+            options=options,
+            max_rejected=parse_share(args.max_rejected, "--max-rejected"),
+            overwrite=args.overwrite,
+            on_reject=rejected,
+            on_progress=progress,
+        )
+    finally:
+        counter.clear()
+    if args.json:
+        print(json.dumps(dataclasses.asdict(summary)))
+        return ExitCode.DONE
+    kind = summary.kind.replace("_", " ")
+    print(f"{summary.destination}: {format_count(summary.num_rows)} rows of {kind}")
+    if summary.num_rejected:
+        print(f"{format_count(summary.num_rejected)} rejected, all of them in {summary.reject_file}")
+    return ExitCode.DONE
+
+
+def parse_share(text: str, flag: str) -> Callable[[int], int]:
+    """"20" or "1%" as a function from the number of all to the number allowed. Raises UsageError."""
+    if not re.fullmatch(r"\d+|\d+(\.\d+)?%", text, re.ASCII):
+        raise UsageError(f"{flag} {text!r}", fix='give a count such as "20" or a share such as "1%"')
+    if text.endswith("%"):
+        return lambda total: int(float(text[:-1]) / 100 * total)
+    return lambda total: int(text)
+
+
+class _Counter:
+    """A line on the terminal that is written over; nothing where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self._shows = sys.stderr.isatty()
+        self._width = 0
+
+    def show(self, text: str) -> None:
+        if self._shows:
+            sys.stderr.write(f"\r{text:<{self._width}}")
+            sys.stderr.flush()
+            self._width = len(text)
+
+    def clear(self) -> None:
+        if self._width:
+            sys.stderr.write("\r" + " " * self._width + "\r")
+            self._width = 0

@@ -1,0 +1,80 @@
+"""Generate for every prompt of a job file.
+
+Under srun or mpiexec the ranks that were started are used; alone, the ranks that the layout needs are started here.
+Running a job whose run directory exists goes on from what is committed there, on any number of ranks and in any layout.
+
+Exit codes: 0 every row is in generations.h5, 1 failed, 2 the job or the command line is wrong, 3 incomplete but resumable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from hpcinfer.errors import ExitCode
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of `hpcinfer run`."""
+    parser.add_argument("job", metavar="JOB.toml", help="job file; `jobs/` has examples, hpcinfer/config/job.py every key")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
+        help="override a key of the job file; may be given again",
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress and no summary on the console")
+    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    parser.add_argument("--summary", default="", metavar="FILE", help="also write the summary as JSON to FILE")
+    parser.add_argument(
+        "--show", type=int, default=5, metavar="N", help="at the end show the first N generations (default: %(default)s)"
+    )
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Runs the job. Returns the exit code; replaces this process by a launcher where ranks have to be started."""
+    from hpcinfer.config.load import load_job
+    from hpcinfer.launch.env import LaunchEnvironment
+    from hpcinfer.launch.report import Place, run_as_rank
+    from hpcinfer.launch.start import start_ranks
+    from hpcinfer.runner.start import ranks_needed
+
+    environment = LaunchEnvironment.from_environ()
+    if environment.launcher == "none":
+        num_ranks = ranks_needed(load_job(args.job, args.overrides))
+        if num_ranks > 1 or environment.in_batch_shell:
+            start_ranks(num_ranks, sys.argv[1:])
+
+    def rank_main(place: Place) -> int:
+        return _run(args, environment, place)
+
+    return run_as_rank(rank_main)
+
+
+def _run(args: argparse.Namespace, environment, place) -> int:
+    from hpcinfer.launch.signals import DrainFlag
+    from hpcinfer.runner.start import run_as_started, write_summary
+    from hpcinfer.runner.summary import summary_text
+
+    drain = DrainFlag()
+    drain.install()
+    summary = run_as_started(
+        args.job, args.overrides, environment, place, drain, quiet=args.quiet or args.json
+    )
+    if place.rank == 0:
+        if args.summary:
+            write_summary(args.summary, summary)
+        if args.json:
+            print(json.dumps(summary.to_dict()))
+        elif not args.quiet:
+            if summary.complete and args.show > 0:
+                _show(args, summary.output)
+            print(summary_text(summary))
+    return ExitCode.DONE if summary.complete else ExitCode.RESUMABLE
+
+
+def _show(args: argparse.Namespace, output: str) -> None:
+    from hpcinfer.config.load import load_job
+    from hpcinfer.runner.examples import example_lines
+
+    for line in example_lines(load_job(args.job, args.overrides), output, args.show):
+        print(line)

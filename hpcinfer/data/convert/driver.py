@@ -1,0 +1,196 @@
+"""Runs a converter: records to a prompts file, rejects to a reject file, counts to whoever asked."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import glob
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from hpcinfer.data import schema
+from hpcinfer.data.convert import foreign_hdf5, lines  # noqa: F401 - importing them registers them
+from hpcinfer.data.convert.base import Converter, ConvertOptions, Record, Reject, converter_for
+from hpcinfer.data.hdf5 import whole_file
+from hpcinfer.data.prompts_writer import PromptsWriter
+from hpcinfer.errors import DataError
+
+_ROWS_A_REPORT = 10_000
+
+
+@dataclasses.dataclass(slots=True)
+class ConvertSummary:
+    """What came of a conversion."""
+
+    destination: str
+    kind: str = ""
+    """"text" or "token_ids"."""
+    num_rows: int = 0
+    num_rejected: int = 0
+    reject_file: str = ""
+    """Path of the reject file; empty when nothing was rejected."""
+    first_rejects: list[str] = dataclasses.field(default_factory=list)
+    """The first few, as "file:line: reason"."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Progress:
+    summary: ConvertSummary
+    report: Callable[[ConvertSummary], None] | None
+    seen: int = 0
+
+    def step(self) -> None:
+        self.seen += 1
+        if self.report is not None and self.seen % _ROWS_A_REPORT == 0:
+            self.report(self.summary)
+
+
+def convert(
+    sources: Sequence[str | os.PathLike],
+    destination: str | os.PathLike,
+    *,
+    format: str = "",
+    options: ConvertOptions | None = None,
+    max_rejected: Callable[[int], int] | None = None,
+    overwrite: bool = False,
+    show_rejects: int = 5,
+    on_reject: Callable[[str], None] | None = None,
+    on_progress: Callable[[ConvertSummary], None] | None = None,
+) -> ConvertSummary:
+    """Converts sources, in order, into one prompts file, in flat memory. Bad lines go to DESTINATION.rejected.jsonl.
+
+    Args:
+        sources: files; a glob pattern that names no file stands for its matches in order of names.
+        format: name of a converter; by default chosen from each file's name.
+        max_rejected: of so many lines, how many may be rejected; more is an error. By default any number.
+        overwrite: replace an existing destination.
+        show_rejects: how many rejects are handed to `on_reject` and kept in the summary.
+        on_reject: called with "file:line: reason".
+        on_progress: called now and then with the counts so far.
+    Raises:
+        DataError: a source cannot be read, no line is good, too many are bad, the destination exists or cannot be
+            written. The destination then does not appear (or stays what it was); the reject file does.
+        UsageError: the format is not known.
+    """
+    options = options or ConvertOptions()
+    destination = os.fspath(destination)
+    files = _expand(sources)
+    if os.path.isdir(destination):
+        raise DataError(f"{destination} is a folder", fix="name the file to write")
+    if os.path.exists(destination) and not overwrite:
+        raise DataError(f"{destination} exists", fix="give another name, or --overwrite")
+    # Every source is looked at before a byte is written.
+    converters = [converter_for(file, format)(options) for file in files]
+    summary = ConvertSummary(destination)
+    rejects = _RejectFile(f"{destination}.rejected.jsonl", summary, show_rejects, on_reject)
+    with rejects, contextlib.ExitStack() as stack:
+        writer: PromptsWriter | None = None
+        progress = _Progress(summary, on_progress)
+        for file, converter in zip(files, converters, strict=True):
+            for item in converter.records(file):
+                progress.step()
+                if isinstance(item, Reject):
+                    rejects.add(file, converter, item)
+                    continue
+                if writer is None:
+                    summary.kind = schema.TEXT if isinstance(item.prompt, str) else schema.TOKEN_IDS
+                    writer = stack.enter_context(PromptsWriter(destination, kind=summary.kind))
+                reason = _append(writer, item)
+                if reason:
+                    rejects.add(file, converter, Reject(item.number, reason, item.raw))
+                else:
+                    summary.num_rows += 1
+        _check_counts(summary, max_rejected)
+    return summary
+
+
+def _append(writer: PromptsWriter, record: Record) -> str:
+    """Appends a record; returns why it cannot be, or "". Raises DataError when the destination cannot be written."""
+    if isinstance(record.prompt, str) != (writer.kind == schema.TEXT):
+        kinds = ("text", "token ids") if writer.kind == schema.TOKEN_IDS else ("token ids", "text")
+        return f"the prompt is {kinds[0]} in a file of {kinds[1]}; a file holds one kind"
+    if not len(record.prompt):
+        return "the prompt is empty"
+    try:
+        writer.append(record.prompt, id=record.id, overrides=record.overrides, meta=record.meta)
+    except DataError as error:
+        if writer.is_broken:
+            raise
+        return schema.one_line(error)
+    return ""
+
+
+def _expand(sources: Sequence[str | os.PathLike]) -> list[str]:
+    files: list[str] = []
+    for source in map(os.fspath, sources):
+        if os.path.exists(source):
+            files.append(source)
+        else:
+            matches = sorted(glob.glob(source))
+            if not matches:
+                raise DataError(f"no such file: {source}")
+            files += matches
+    return files
+
+
+def _check_counts(summary: ConvertSummary, max_rejected: Callable[[int], int] | None) -> None:
+    if not summary.num_rows:
+        found = f"{summary.num_rejected} rejected"
+        if summary.first_rejects:
+            found += f"; the first: {summary.first_rejects[0]}"
+        raise DataError(
+            "there is no good prompt in the source", found=found, fix="check --format and --prompt-column"
+        )
+    allowed = None if max_rejected is None else max_rejected(summary.num_rows + summary.num_rejected)
+    if allowed is not None and summary.num_rejected > allowed:
+        raise DataError(
+            f"{summary.num_rejected} lines rejected, {allowed} allowed", fix=f"see {summary.destination}.rejected.jsonl"
+        )
+
+
+class _RejectFile:
+    """JSON Lines {source, line or row, reason, raw}; there when a conversion with rejects ends, well or not."""
+
+    def __init__(
+        self, path: str, summary: ConvertSummary, show: int, on_reject: Callable[[str], None] | None
+    ) -> None:
+        self._path = path
+        self._summary = summary
+        self._show = show
+        self._on_reject = on_reject
+        self._stack = contextlib.ExitStack()
+        self._file: TextIO | None = None
+
+    def add(self, source: str, converter: Converter, reject: Reject) -> None:
+        """Writes one reject."""
+        self._summary.num_rejected += 1
+        if self._summary.num_rejected <= self._show:
+            between = ":" if converter.unit == "line" else f" {converter.unit} "
+            text = f"{source}{between}{reject.number}: {reject.reason}"
+            self._summary.first_rejects.append(text)
+            if self._on_reject is not None:
+                self._on_reject(text)
+        entry: dict[str, Any] = {
+            "source": source, converter.unit: reject.number, "reason": reject.reason, "raw": reject.raw
+        }  # fmt: skip
+        # ASCII escapes: file names and raw text may hold what UTF-8 cannot.
+        self._open().write(json.dumps(entry) + "\n")
+
+    def _open(self) -> TextIO:
+        if self._file is None:
+            temporary = self._stack.enter_context(whole_file(self._path))
+            self._file = self._stack.enter_context(open(temporary, "w", encoding="ascii"))
+            self._summary.reject_file = self._path
+        return self._file
+
+    def __enter__(self) -> _RejectFile:
+        # One from an earlier conversion would be taken for this one's.
+        with contextlib.suppress(FileNotFoundError):
+            Path(self._path).unlink()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
