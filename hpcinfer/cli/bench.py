@@ -1,6 +1,7 @@
 """Measure this machine and this program. Every benchmark prints one JSON object as its last line.
 
     hpcinfer bench generate --model qwen3-0.6b-32k --workload W1 --dtype bfloat16
+    hpcinfer bench data --rows 1000000
 """
 
 from __future__ import annotations
@@ -22,10 +23,34 @@ def configure(parser: argparse.ArgumentParser) -> None:
     generate.add_argument("--pp", type=int, default=1, help="pipeline stages (default: %(default)s)")
     generate.add_argument("--repeats", type=int, default=1, help="runs after the warm-up; the median counts (default: %(default)s)")
     generate.add_argument("--attention", default="auto", help="attention backend (default: %(default)s)")
+    data = benchmarks.add_parser("data", help="rows through everything but the model")
+    data.add_argument("--rows", type=int, default=100_000, help="prompts (default: %(default)s)")
+    data.add_argument("--model", default="datasets/demo-model", help="folder with the tokenizer (default: %(default)s)")
+    data.add_argument("--folder", default="", help="an empty folder on the file system to measure (default: a temporary one)")
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Runs the benchmark; starts the ranks that it needs. Returns the exit code."""
+    """Runs the benchmark. Returns the exit code."""
+    return {"generate": _generate, "data": _data}[args.benchmark](args)
+
+
+def _data(args: argparse.Namespace) -> int:
+    import json
+    import tempfile
+    from pathlib import Path
+
+    from hpcinfer.bench.data import run_data
+    from hpcinfer.errors import UsageError
+
+    if args.rows < 1:
+        raise UsageError(f"--rows {args.rows}", fix="give 1 or more")
+    with tempfile.TemporaryDirectory(prefix="hpcinfer-bench-", dir=args.folder or None) as folder:
+        print(json.dumps(run_data(Path(folder), args.rows, args.model)))
+    return ExitCode.DONE
+
+
+def _generate(args: argparse.Namespace) -> int:
+    """Starts the ranks that the layout needs."""
     import sys
 
     from hpcinfer.errors import UsageError
