@@ -92,7 +92,7 @@ def run_generate(options: GenerateOptions, world: World) -> dict | None:
         else:
             fill_random(stage)
 
-    replica = build_replica(plan, groups, device=torch.device("cpu"), clock=clock, load=load)
+    replica = build_replica(plan, groups, clock=clock, load=load)
     load_s = clock.seconds["load"]
     requests = make_requests(workload, config.vocab_size)
     runs = []

@@ -91,6 +91,8 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         return tuple(value)
     if hint is float and _is(int, value):
         return float(value)
+    if hint is str and (_is(int, value) or _is(float, value)):
+        return str(value)  # sizes and counts that may carry a unit: 4096 as well as "4 KiB"
     if not _is(hint, value):
         kinds = {int: "a whole number", float: "a number", str: "a text in quotes", bool: "true or false"}
         raise ConfigError(f"{name} = {value!r}", found=type(value).__name__, fix=f"give {kinds[hint]}")
@@ -102,7 +104,7 @@ def _is(kind: type, value: Any) -> bool:
 
 
 def _unknown_key(where: str, key: str, valid: list[str]) -> ConfigError:
-    close = difflib.get_close_matches(str(key), valid, n=1)
+    close = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}? " if close else ""
     noun = "key" if where else "section"
     return ConfigError(f"unknown {noun} {_dotted(where, key)}", fix=f"{hint}valid: {', '.join(valid)}")

@@ -42,6 +42,8 @@ class ReplicaPlan:
     """float32, bfloat16 or float16: of weights, activations and pages."""
     layers: range
     """This rank's stage."""
+    device: torch.device
+    """Where this rank computes."""
     attention: AttentionBackend
     limits: SchedulerLimits
     """Agreed over the replica."""
@@ -86,7 +88,9 @@ def plan_replica(
         lag=parallel.pp,
         eos_token_ids=frozenset(model.eos_token_ids),
     )
-    return ReplicaPlan(model=model, dtype=dtype, layers=layers, attention=attention, limits=limits)
+    return ReplicaPlan(
+        model=model, dtype=dtype, layers=layers, device=device, attention=attention, limits=limits
+    )
 
 
 def _plan_rank(
@@ -127,7 +131,6 @@ def build_replica(
     plan: ReplicaPlan,
     groups: ReplicaGroups,
     *,
-    device: torch.device,
     clock: PhaseClock,
     load: Callable[[StageModel], None],
 ) -> Replica:
@@ -139,13 +142,13 @@ def build_replica(
     dtype = getattr(torch, plan.dtype)
     with clock.phase("load"):
         model = model_class(plan.model)(
-            plan.model, layers=plan.layers, tp=groups.tp, backend=plan.attention, dtype=dtype, device=device
+            plan.model, layers=plan.layers, tp=groups.tp, backend=plan.attention, dtype=dtype, device=plan.device
         )
         load(model)
         kv = model.allocate_kv(num_blocks=plan.limits.num_blocks, block_size=plan.limits.block_size)
         links = StageLinks(
-            groups.from_previous, groups.to_next, hidden_size=plan.model.hidden_size, dtype=dtype, device=device
+            groups.from_previous, groups.to_next, hidden_size=plan.model.hidden_size, dtype=dtype, device=plan.device
         )
-        worker = Worker(StageRunner(model, kv, links), groups, device=device, clock=clock)
+        worker = Worker(StageRunner(model, kv, links), groups, device=plan.device, clock=clock)
         groups.warmup()
     return Replica(worker=worker, scheduler=Scheduler(plan.limits), control=groups.control)

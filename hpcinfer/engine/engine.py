@@ -53,7 +53,7 @@ class Engine:
         checkpoint = Checkpoint(model)
         self.clock = PhaseClock()
         self._replica = build_replica(
-            plan, groups, device=device, clock=self.clock, load=lambda stage: load_stage(stage, checkpoint)
+            plan, groups, clock=self.clock, load=lambda stage: load_stage(stage, checkpoint)
         )
         self._tokenizer = Tokenizer(model) if (Path(model) / "tokenizer.json").is_file() else None
         self._queue_depth = _QUEUE_DEPTH * engine.max_sequences

@@ -17,7 +17,7 @@ def rank_log(rank: int, host: str, *, file: Path | None = None, console: bool = 
         rank: world rank, for the name.
         host: host name, for the name.
         file: where everything is written; None for nowhere. The folder must exist.
-        console: also print messages, without a prefix, to stderr.
+        console: also print messages, without a prefix and without tracebacks, to stderr.
     """
     log = logging.Logger(f"rank {rank} on {host}", logging.INFO)
     if file is not None:
@@ -27,6 +27,7 @@ def rank_log(rank: int, host: str, *, file: Path | None = None, console: bool = 
     if console:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.addFilter(lambda record: record.exc_info is None)  # errors have a report of their own (launch.report)
         log.addHandler(handler)
     if not log.handlers:
         log.addHandler(logging.NullHandler())

@@ -39,6 +39,11 @@ class SchedulerLimits:
     eos_token_ids: frozenset[int]
     """The model's own end-of-sequence ids."""
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose keys and values fit into the pages."""
+        return (self.num_blocks - 1) * self.block_size
+
 
 @dataclasses.dataclass(slots=True)
 class SchedulerCounters:

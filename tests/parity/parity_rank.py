@@ -55,7 +55,7 @@ def run_layout(world: World, folder: str, layout: dict, engine: dict, num_blocks
         device=torch.device("cpu"), available_bytes=2**30,
     )
     replica = build_replica(
-        plan, groups, device=torch.device("cpu"), clock=PhaseClock(), load=lambda stage: load_stage(stage, checkpoint)
+        plan, groups, clock=PhaseClock(), load=lambda stage: load_stage(stage, checkpoint)
     )
     recorder = RecordingSampler()
     worker_module.sample = recorder

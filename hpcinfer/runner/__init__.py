@@ -1,0 +1,1 @@
+"""A run: from the ledger's claims through a replica to committed rows."""

@@ -1,0 +1,171 @@
+"""The main job, on every rank: check, load, lead or follow, sum up."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+import time
+
+import torch
+
+from hpcinfer.comm.bootstrap import World
+from hpcinfer.comm.host import HostChannel
+from hpcinfer.config.job import JobConfig
+from hpcinfer.data.run_directory import RunDirectory, open_existing
+from hpcinfer.data.status import read_status
+from hpcinfer.engine.build import ReplicaPlan, build_replica, plan_replica
+from hpcinfer.engine.memory import available_host_bytes
+from hpcinfer.errors import TooManyFailedRows
+from hpcinfer.launch.env import LaunchEnvironment
+from hpcinfer.launch.signals import DrainFlag
+from hpcinfer.models.weights import Checkpoint, load_stage
+from hpcinfer.observe.log import close_log, rank_log
+from hpcinfer.observe.metrics import PHASES, PhaseClock
+from hpcinfer.parallel.agree import agree_or_raise, together
+from hpcinfer.parallel.groups import ReplicaGroups, build_groups
+from hpcinfer.runner.leader import lead
+from hpcinfer.runner.preflight import CheckedJob, check_job, open_run
+from hpcinfer.runner.replica_loop import LoopFigures
+from hpcinfer.runner.summary import RunSummary
+from hpcinfer.units import format_count
+
+_REASONS_SHOWN = 5
+_NO_DEADLINE = float("inf")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class _RankResult:
+    """What one rank contributes to the summary."""
+
+    figures: LoopFigures = dataclasses.field(default_factory=LoopFigures)
+    phase_seconds: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    generation_seconds: float = 0.0
+    counters: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+
+
+def run_job(
+    job: JobConfig, world: World, *, environment: LaunchEnvironment, drain: DrainFlag, quiet: bool = False
+) -> RunSummary:
+    """Run a job on this rank. Collective over the world; every rank gets the summary.
+
+    Args:
+        job: equal on all ranks.
+        world: all ranks of this start.
+        environment: of this process, for the writer's identity.
+        drain: set by a signal: leaders commit what they have and leave.
+        quiet: show nothing on the console.
+
+    Raises:
+        HpcinferError: misfits of job, model, layout and memory on all ranks together, before anything is loaded;
+            TooManyFailedRows at the end.
+    """
+    start_s = time.monotonic()
+    device = torch.device("cpu")
+    checked = agree_or_raise(
+        world.channel, lambda: check_job(job, world.size, environment), deadline_s=_NO_DEADLINE
+    )
+    groups = build_groups(world, checked.mesh.at(world.rank), device)
+    plan = plan_replica(
+        checked.model, job.parallel, job.engine, groups, world.channel, dtype=job.model.dtype, device=device,
+        available_bytes=available_host_bytes(world.local_size),
+    )
+    # Only a job that fits makes a run directory: what it was made for cannot be changed later.
+    complete = agree_or_raise(world.channel, lambda: open_run(job, checked, plan), deadline_s=_NO_DEADLINE)
+    run = open_existing(job.data.output)
+    result = _RankResult()
+    if not complete:
+        console = world.rank == 0 and not quiet
+        log = rank_log(
+            world.rank, world.host, file=run.logs / f"{checked.started}-rank{world.rank}.log", console=console
+        )
+        log.info(
+            "%s (%s, %s) on %s: %s attention, K/V cache for %s tokens", job.model.path, checked.model.family, plan.dtype,
+            _layout(checked, world.size), plan.attention.name, format_count(plan.limits.num_tokens),
+        )
+        try:
+            result = _generate(job, checked, plan, run, groups, world.channel, environment, drain, log, console=console)
+        except Exception:
+            log.exception("this rank ends with an error")
+            raise
+        finally:
+            close_log(log)
+    groups.close()  # not after an error: it is collective, and the others do not know
+    results = world.channel.all_gather(result, deadline_s=_NO_DEADLINE)
+    return agree_or_raise(
+        world.channel, lambda: _sum_up(job, checked, run, results, world.size, time.monotonic() - start_s)
+    )
+
+
+def _generate(
+    job: JobConfig,
+    checked: CheckedJob,
+    plan: ReplicaPlan,
+    run: RunDirectory,
+    groups: ReplicaGroups,
+    world: HostChannel,
+    environment: LaunchEnvironment,
+    drain: DrainFlag,
+    log: logging.Logger,
+    *,
+    console: bool,
+) -> _RankResult:
+    """Load, then lead or follow until the run needs this replica no longer."""
+    clock = PhaseClock()
+    checkpoint = Checkpoint(job.model.path)
+    replica = build_replica(
+        plan, groups, clock=clock,
+        load=lambda stage: together(world, lambda: load_stage(stage, checkpoint), deadline_s=_NO_DEADLINE),
+    )
+    log.info("loaded in %.1f s; rows are written to %s", clock.seconds["load"], run.path)
+    start_s = time.monotonic()
+    result = _RankResult(phase_seconds=clock.seconds)
+    if replica.is_leader:
+        result.figures = lead(
+            job, checked, run, replica, environment=environment, drain=drain, clock=clock, console=console
+        )
+        result.counters = collections.Counter(dataclasses.asdict(replica.scheduler.counters))
+    else:
+        replica.follow()
+    result.generation_seconds = time.monotonic() - start_s
+    return result
+
+
+def _sum_up(
+    job: JobConfig, checked: CheckedJob, run: RunDirectory, results: list[_RankResult], num_ranks: int, seconds: float
+) -> RunSummary:
+    status = read_status(run, exact=True)
+    figures = [result.figures for result in results]
+    failures = sum((f.failures for f in figures), collections.Counter())
+    counters = sum((result.counters for result in results), collections.Counter())
+    allowed = job.run.allowed_failures(status.num_total)
+    if status.num_failed > allowed:
+        raise TooManyFailedRows(
+            f"{status.num_failed} of {status.num_total} rows failed, more than run.max_failed = {job.run.max_failed} allows",
+            found="; ".join(f"{count} times: {reason}" for reason, count in failures.most_common(_REASONS_SHOWN)),
+            fix=f"see the error column of {run.generations if status.complete else run.path}",
+        )
+    return RunSummary(
+        complete=status.complete,
+        output=str(run.generations if status.complete else run.path),
+        rows=status.num_total,
+        ok=status.num_done,
+        failed=status.num_failed,
+        partial=status.num_partial,
+        missing=status.num_total - status.num_done - status.num_failed - status.num_partial,
+        failures=dict(failures.most_common(_REASONS_SHOWN)),
+        generated_rows=sum(f.rows for f in figures),
+        prompt_tokens=sum(f.prompt_tokens for f in figures),
+        output_tokens=sum(f.output_tokens for f in figures),
+        seconds=seconds,
+        generation_seconds=max(result.generation_seconds for result in results),
+        phase_seconds={
+            phase: sum(result.phase_seconds[phase] for result in results) / len(results) for phase in PHASES
+        },
+        layout=_layout(checked, num_ranks),
+        counters=dict(counters),
+    )
+
+
+def _layout(checked: CheckedJob, num_ranks: int) -> str:
+    return f"{num_ranks} rank{'s' if num_ranks > 1 else ''} ({checked.mesh})"

@@ -1,0 +1,37 @@
+"""The first prompts of a finished run beside their generations, for a person to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hpcinfer.config.job import JobConfig
+from hpcinfer.data.generations import GenerationFile
+from hpcinfer.request import Generation, Status
+from hpcinfer.runner.preflight import open_job_prompts
+
+_WIDTH = 100
+
+
+def example_lines(job: JobConfig, output: str, count: int) -> Iterator[str]:
+    """A line for each of the first `count` rows (first sample): prompt -> generation.
+
+    Args:
+        output: the merged generations.
+    """
+    with open_job_prompts(job) as reader, GenerationFile(output) as generations:
+        for row in reader.rows(0, min(count, reader.num_rows)):
+            generation = generations.find(row.row)
+            prompt = row.text if row.text is not None else row.token_ids
+            if generation is not None:
+                yield f"  {_short(prompt)} -> {_short(_answer(generation))}"
+
+
+def _answer(generation: Generation) -> object:
+    if generation.status is Status.FAILED:
+        return f"failed: {generation.error}"
+    return generation.text or generation.token_ids
+
+
+def _short(value: object) -> str:
+    text = repr(value) if isinstance(value, str) else str(None if value is None else value.tolist())
+    return text if len(text) <= _WIDTH else text[: _WIDTH - 3] + "..."

@@ -1,0 +1,118 @@
+"""The leader of a replica: one life of a writer, from its registration to its last word."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from hpcinfer.config.job import JobConfig
+from hpcinfer.data.coverage import Coverage
+from hpcinfer.data.ledger import Ledger
+from hpcinfer.data.liveness import Liveness
+from hpcinfer.data.merge import claim_merge, merge_run
+from hpcinfer.data.run_directory import RunDirectory
+from hpcinfer.data.segments import SegmentPolicy, SegmentWriter, segment_limit
+from hpcinfer.data.writers import Writer, WriterIdentity, register_writer
+from hpcinfer.engine.replica import Replica
+from hpcinfer.launch.env import LaunchEnvironment
+from hpcinfer.launch.signals import DrainFlag
+from hpcinfer.observe.metrics import PhaseClock
+from hpcinfer.observe.progress import ProgressBar
+from hpcinfer.runner.feed import RowFeed
+from hpcinfer.runner.preflight import CheckedJob, job_tokenizer, open_job_prompts
+from hpcinfer.runner.progress import RunProgress, earlier_writers
+from hpcinfer.runner.replica_loop import LoopFigures, ReplicaLoop
+
+_MERGE_POLL_S = 0.2
+
+
+def lead(
+    job: JobConfig,
+    checked: CheckedJob,
+    run: RunDirectory,
+    replica: Replica,
+    *,
+    environment: LaunchEnvironment,
+    drain: DrainFlag,
+    clock: PhaseClock,
+    console: bool,
+) -> LoopFigures:
+    """Run the replica until its part is done, merge if the run is, and let the other ranks go.
+
+    Args:
+        console: show a progress bar for the whole run.
+    """
+    known = earlier_writers(run)
+    identity = _identity(environment, checked)
+    writer = register_writer(run, identity, interval_s=job.run.heartbeat_s)
+    coverage = Coverage(run, checked.num_rows)
+    coverage.refresh()
+    done_before = coverage.num_keys - coverage.num_missing
+    failed_before = coverage.num_failed
+    liveness = Liveness(run, stale_after_s=job.run.stale_s)
+    ledger = Ledger(run, writer.id, liveness, coverage)
+    segments = SegmentWriter(run, writer.id, _policy(job, len(known) + checked.mesh.dp), on_commit=coverage.add_table)
+    tokenizer = job_tokenizer(job)
+    bar = ProgressBar(sys.stderr) if console else None
+    progress = RunProgress(
+        bar, run, own_id=writer.id, rows_total=coverage.num_keys, rows_done=done_before, known=known
+    )
+    with open_job_prompts(job) as reader:
+        loop = ReplicaLoop(
+            replica=replica,
+            feed=RowFeed(
+                ledger, reader, tokenizer, job.sampling,
+                refuse=replica.scheduler.refuse, vocab_size=checked.model.vocab_size,
+            ),
+            ledger=ledger,
+            segments=segments,
+            writer=writer,
+            tokenizer=tokenizer,
+            max_sequences=job.engine.max_sequences,
+            linger_s=job.run.linger_s,
+            max_failed=job.run.allowed_failures(coverage.num_keys) - failed_before,
+            drain=drain,
+            clock=clock,
+            on_tick=progress.update,
+        )
+        loop.run()
+    progress.update(loop.figures, force=True)
+    progress.close()
+    replica.stop()
+    with clock.phase("io"):
+        _merge_when_complete(run, writer, coverage, liveness)
+    writer.leave()
+    return loop.figures
+
+
+def _merge_when_complete(run: RunDirectory, writer: Writer, coverage: Coverage, liveness: Liveness) -> None:
+    """Merge, or wait for the writer that does, once every row is committed."""
+    coverage.refresh()
+    if not coverage.is_full:
+        return
+    writer.set_state("merging")
+    while not run.is_complete(coverage.num_rows):
+        if claim_merge(run, writer.id, liveness):
+            merge_run(run, coverage.num_rows, progress=writer.step_finished, owner=writer.id)
+        else:
+            writer.step_finished()
+            time.sleep(_MERGE_POLL_S)
+
+
+def _identity(environment: LaunchEnvironment, checked: CheckedJob) -> WriterIdentity:
+    return WriterIdentity.of_this_process(
+        job=str(environment.job_id or ""),
+        step=str(environment.step_id if environment.step_id is not None else ""),
+        restart_count=environment.restart_count,
+        layout=str(checked.mesh),
+        num_rows=checked.num_rows,
+    )
+
+
+def _policy(job: JobConfig, num_writers: int) -> SegmentPolicy:
+    return SegmentPolicy(
+        max_rows=job.run.segment_rows,
+        max_age_s=job.run.segment_s,
+        retry_s=job.run.retry_s,
+        max_segments=segment_limit(num_writers),
+    )

@@ -1,0 +1,88 @@
+"""What is found out before anything is loaded. Rank 0 alone reads; the others are told (`parallel.agree.agree_or_raise`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+import torch
+
+import hpcinfer
+from hpcinfer.config.job import JobConfig
+from hpcinfer.config.model import ModelConfig
+from hpcinfer.config.parallel import check_layout
+from hpcinfer.data.identity import prefix_fingerprint
+from hpcinfer.data.reader import PromptsReader, open_prompts
+from hpcinfer.data.run_directory import RunIdentity, create_or_open
+from hpcinfer.data.tokenize import Tokenizer
+from hpcinfer.engine.build import ReplicaPlan
+from hpcinfer.engine.memory import context_limit
+from hpcinfer.launch.env import LaunchEnvironment
+from hpcinfer.models.registry import model_class
+from hpcinfer.models.weights import Checkpoint, check_tensors
+from hpcinfer.parallel.mesh import Mesh
+from hpcinfer.runner.identity import model_facts, sampling_facts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class CheckedJob:
+    """A job of which all that can be known without loading is known to fit."""
+
+    mesh: Mesh
+    """As rank 0 sees it."""
+    model: ModelConfig
+    num_rows: int
+    """Rows of the prompts now."""
+    started: str
+    """When and as which Slurm job this start began; names its logs."""
+
+
+def check_job(job: JobConfig, world_size: int, environment: LaunchEnvironment) -> CheckedJob:
+    """Check layout, model folder and prompts against each other. Raises HpcinferError on any misfit."""
+    parallel = job.parallel
+    model = ModelConfig.from_folder(job.model.path)
+    check_layout(model, parallel)
+    mesh = Mesh.of(world_size, pp=parallel.pp, tp=parallel.tp, dp=parallel.dp or None)
+    context_limit(model, job.engine)
+    check_tensors(Checkpoint(job.model.path), model_class(model), model)
+    with open_job_prompts(job) as reader:
+        if reader.kind == "text":
+            Tokenizer(job.model.path)
+        started = time.strftime("%Y%m%dT%H%M%S") + (f"-job{environment.job_id}" if environment.job_id else "")
+        return CheckedJob(mesh=mesh, model=model, num_rows=reader.num_rows, started=started)
+
+
+def open_run(job: JobConfig, checked: CheckedJob, plan: ReplicaPlan) -> bool:
+    """Create the run directory, or make sure that the one that is there belongs to this job.
+
+    Returns:
+        True when the run is complete already.
+    """
+    with open_job_prompts(job) as reader:
+        identity = RunIdentity(
+            input_fingerprint=prefix_fingerprint(reader, checked.num_rows),
+            num_rows=checked.num_rows,
+            num_samples=job.sampling.n,
+            model=model_facts(job, plan.dtype),
+            sampling=sampling_facts(job, plan.limits.max_context),
+            notes={
+                "model": job.model.path, "prompts": job.data.prompts, "hpcinfer": hpcinfer.__version__,
+                "torch": torch.__version__,
+            },
+        )
+        run = create_or_open(
+            job.data.output, identity, num_replicas=checked.mesh.dp,
+            prefix_fingerprint=lambda num_rows: prefix_fingerprint(reader, num_rows),
+        )
+    return run.is_complete(checked.num_rows)
+
+
+def open_job_prompts(job: JobConfig) -> PromptsReader:
+    """The prompts of a job."""
+    return open_prompts(job.data.prompts, job.data.dataset or None)
+
+
+def job_tokenizer(job: JobConfig) -> Tokenizer | None:
+    """The tokenizer of a job's model; None where it has none, and prompts are token ids."""
+    return Tokenizer(job.model.path) if (Path(job.model.path) / "tokenizer.json").is_file() else None

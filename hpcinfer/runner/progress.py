@@ -1,0 +1,74 @@
+"""How far a whole run is, seen from one rank: its own figures, and the heartbeats of all other writers."""
+
+from __future__ import annotations
+
+import time
+
+from hpcinfer.data.run_directory import RunDirectory
+from hpcinfer.data.writers import read_heartbeat, writer_ids
+from hpcinfer.observe.progress import ProgressBar, ProgressPoint
+from hpcinfer.runner.replica_loop import LoopFigures
+
+_OTHERS_S = 2.0
+
+
+class RunProgress:
+    """Feeds a progress bar.
+
+    Args:
+        bar: where it is shown; None for nowhere.
+        run: the run directory.
+        own_id: this replica's writer, whose figures come from memory.
+        rows_total: output rows of the run.
+        rows_done: output rows done before this start.
+        known: writers of earlier lives, whose rows are in `rows_done` already; read by `earlier_writers`.
+    """
+
+    def __init__(
+        self, bar: ProgressBar | None, run: RunDirectory, *, own_id: str, rows_total: int, rows_done: int, known: dict[str, dict]
+    ) -> None:
+        self._bar = bar
+        self._run = run
+        self._own_id = own_id
+        self._total = rows_total
+        self._before = rows_done
+        self._known = known
+        self._others = (0, 0, 0)
+        self._read_at = float("-inf")
+
+    def update(self, figures: LoopFigures, *, force: bool = False) -> None:
+        """Show where the run is, if it is time to."""
+        if self._bar is None:
+            return
+        if time.monotonic() - self._read_at > _OTHERS_S:
+            self._others = self._read_others()
+            self._read_at = time.monotonic()
+        rows, failed, tokens = self._others
+        point = ProgressPoint(
+            # Two writers may have run the same row once in a while: never show more than there is.
+            rows_done=min(self._total, self._before + figures.rows + rows),
+            rows_total=self._total,
+            tokens=figures.output_tokens + tokens,
+            rows_failed=figures.failed + failed,
+        )
+        self._bar.update(point, force=force)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _read_others(self) -> tuple[int, int, int]:
+        sums = [0, 0, 0]
+        for writer_id in writer_ids(self._run):
+            if writer_id != self._own_id:
+                before = self._known.get(writer_id, {})
+                beat = read_heartbeat(self._run, writer_id)
+                for index, name in enumerate(("rows_ended", "rows_ended_failed", "output_tokens")):
+                    sums[index] += int(beat.get(name, 0)) - int(before.get(name, 0))
+        return sums[0], sums[1], sums[2]
+
+
+def earlier_writers(run: RunDirectory) -> dict[str, dict]:
+    """The heartbeats of all writers that are there now: writer id -> figures."""
+    return {writer_id: read_heartbeat(run, writer_id) for writer_id in writer_ids(run)}

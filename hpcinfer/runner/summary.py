@@ -1,0 +1,86 @@
+"""What a run did, for the person who started it and for machines."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from hpcinfer.observe.metrics import PHASES
+from hpcinfer.units import format_count, format_duration
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RunSummary:
+    """A run at its end, or where it stopped."""
+
+    complete: bool
+    """Every (row, sample) is in `output`."""
+    output: str
+    """generations.h5 when complete, else the run directory."""
+    rows: int
+    """Output rows of the run: prompts times samples."""
+    ok: int
+    failed: int
+    partial: int
+    """Rows of which a part is kept for the next start."""
+    missing: int
+    """Rows of which nothing is kept."""
+    failures: Mapping[str, int]
+    """The commonest reasons of failed rows found by this start, each with its count."""
+    generated_rows: int
+    """Rows that this start ended itself."""
+    prompt_tokens: int
+    """Prompt tokens of those rows."""
+    output_tokens: int
+    """Tokens that this start generated."""
+    seconds: float
+    """Wall time of this start, loading included."""
+    generation_seconds: float
+    """Wall time from the first tick to the last commit."""
+    phase_seconds: Mapping[str, float]
+    """Seconds by phase (`observe.metrics.PHASES`), the mean over all ranks."""
+    layout: str
+    """Mesh and number of ranks, in words."""
+    counters: Mapping[str, int]
+    """What happened: ticks, preemptions, chunked prefills, resumed rows, takeovers, in all replicas together."""
+
+    def to_dict(self) -> dict:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+
+def summary_text(summary: RunSummary) -> str:
+    """A few lines for the console."""
+    seconds = max(summary.generation_seconds, 1e-9)
+    lines = [
+        f"{'Done' if summary.complete else 'Stopped'} in {format_duration(summary.seconds)} on {summary.layout}.",
+        f"  rows      {_rows(summary)}",
+        f"  tokens    {format_count(summary.prompt_tokens)} prompt, {format_count(summary.output_tokens)} generated",
+        f"  rate      {format_count(summary.generated_rows / seconds)} rows/s, "
+        f"{format_count(summary.output_tokens / seconds)} generated tokens/s",
+        f"  time      {_phases(summary)}",
+    ]
+    for reason, count in summary.failures.items():
+        lines.append(f"  failed    {format_count(count)} x {reason}")
+    lines.append(f"  output    {summary.output}")
+    if summary.complete:
+        lines.append(f"  look      hpcinfer inspect {summary.output}")
+    else:
+        lines.append("  resume    run the same command again: it goes on from what is committed")
+    return "\n".join(lines)
+
+
+def _rows(summary: RunSummary) -> str:
+    parts = [f"{format_count(summary.rows)} in all", f"{format_count(summary.ok)} ok", f"{format_count(summary.failed)} failed"]
+    if summary.partial:
+        parts.append(f"{format_count(summary.partial)} partial")
+    if summary.missing:
+        parts.append(f"{format_count(summary.missing)} not begun")
+    parts.append(f"{format_count(summary.generated_rows)} by this start")
+    return ", ".join(parts)
+
+
+def _phases(summary: RunSummary) -> str:
+    spent = sum(summary.phase_seconds.values())
+    parts = [f"{phase} {format_duration(summary.phase_seconds[phase])}" for phase in PHASES]
+    return ", ".join([*parts, f"waiting {format_duration(max(0.0, summary.seconds - spent))}"]) + " (mean of ranks)"
