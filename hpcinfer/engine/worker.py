@@ -76,6 +76,8 @@ class Worker:
             if self._leads:
                 return FinishedHandle(drawn)
             if num_drawn:
+                if self._returning is not None:
+                    self._returning.wait()  # over by now: the leader had these tokens before it sent this tick's message
                 self._returning = self._groups.tokens.send(drawn, LEADER, label="tokens")
         elif self._leads:
             drawn = torch.empty(num_drawn, dtype=torch.int64, device=self._device)
