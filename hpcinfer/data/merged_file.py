@@ -1,0 +1,122 @@
+"""The merged file as it is written: columns that grow, on a sink that keeps write errors away from HDF5."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from hpcinfer.data import generations as format_v1
+from hpcinfer.data.generation_table import OFFSET_COLUMNS, RAGGED_COLUMNS, GenerationTable
+
+
+class Sink(io.RawIOBase):
+    """The file under HDF5. HDF5 crashes the process at exit when a write fails under an open file (FACTS.md), so a
+    failed write is remembered, the rest is passed over, and `check` raises it where Python can handle it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._position = 0
+        self._end = 0
+        self._error: OSError | None = None
+
+    def check(self) -> None:
+        """Raises the first OSError of a write."""
+        if self._error is not None:
+            raise self._error
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._end}[whence]
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer) -> int:
+        data = os.pread(self._descriptor, len(buffer), self._position)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def write(self, data) -> int:
+        view = memoryview(data).cast("B")
+        count = len(view)
+        try:
+            position = self._position
+            while view and self._error is None:
+                written = os.pwrite(self._descriptor, view, position)
+                view, position = view[written:], position + written
+        except OSError as error:
+            self._error = error
+        self._position += count
+        self._end = max(self._end, self._position)
+        return count
+
+    def truncate(self, size: int | None = None) -> int:
+        size = self._position if size is None else size
+        try:
+            if self._error is None:
+                os.ftruncate(self._descriptor, size)
+        except OSError as error:
+            self._error = error
+        self._end = size
+        return size
+
+    def finish(self) -> None:
+        """Makes the bytes durable and closes. Raises OSError."""
+        try:
+            self.check()
+            os.fsync(self._descriptor)
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Closes."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+class MergedColumns:
+    """The columns of the merged file, appended to."""
+
+    def __init__(self, file: h5py.File) -> None:
+        group = file.create_group(format_v1.GROUP)
+        self._columns = {}
+        for name in format_v1.column_names():
+            dtype = format_v1.column_dtype(name)
+            chunk = (format_v1.CHUNK_BYTES // dtype.itemsize,)
+            dataset = group.create_dataset(name, (0,), dtype, chunks=chunk, maxshape=(None,), fletcher32=True)
+            format_v1.write_enum_attribute(dataset, name)
+            self._columns[name] = dataset
+        for name in RAGGED_COLUMNS:
+            self._append(OFFSET_COLUMNS[name], np.zeros(1, np.int64))
+
+    def _append(self, name: str, values: np.ndarray) -> None:
+        dataset = self._columns[name]
+        start = len(dataset)
+        if len(values):
+            dataset.resize((start + len(values),))
+            dataset[start:] = values
+
+    def append(self, table: GenerationTable) -> None:
+        """Adds the rows of a table, which must come after all rows before."""
+        for name in format_v1.SCALAR_COLUMNS:
+            self._append(name, getattr(table, name))
+        for name in RAGGED_COLUMNS:
+            ragged = getattr(table, name)
+            self._append(OFFSET_COLUMNS[name], ragged.offsets[1:] + len(self._columns[name]))
+            self._append(name, ragged.data)
