@@ -22,6 +22,9 @@ LAUNCHER_PREFIXES = ("SLURM_", "PMI_", "PMIX_", "OMPI_", "PRTE_", "HYDI_", "MPI_
 USER_PREFIXES = ("OMPI_MCA_", "PRTE_MCA_", "PMIX_MCA_", "OMPI_ALLOW_RUN_AS_ROOT")
 """Exceptions: settings that users make."""
 
+MAX_RANKS_A_CORE = 16
+"""A start on a single machine with more ranks than this is taken for a mistake."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RankCommand:
@@ -79,6 +82,11 @@ def mpiexec_command(
     """The mpiexec that starts `num_ranks` ranks on this machine. Pure: it runs nothing."""
     if num_ranks < 1:
         raise LaunchError(f"{num_ranks} ranks", fix="start 1 or more")
+    if num_ranks > MAX_RANKS_A_CORE * num_cores:
+        raise LaunchError(
+            f"{num_ranks} ranks on this machine alone", found=f"{num_cores} cores",
+            fix=f"start it under srun or mpiexec on more nodes, or ask for at most {MAX_RANKS_A_CORE * num_cores} ranks",
+        )
     env = clean_environ(environ)
     env.setdefault("OMP_NUM_THREADS", str(max(1, num_cores // num_ranks)))
     env.setdefault("OMP_WAIT_POLICY", "passive")

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from hpcinfer.config.job import JobConfig
 from hpcinfer.config.load import load_job
+from hpcinfer.config.model import ModelConfig
+from hpcinfer.config.parallel import check_layout
 from hpcinfer.errors import HpcinferError, LaunchError
 from hpcinfer.launch.env import LaunchEnvironment
 from hpcinfer.launch.process import die_with_parent
@@ -45,7 +47,12 @@ def run(job: str | Path, overrides: Sequence[str] = (), *, quiet: bool = True) -
 
 
 def ranks_needed(job: JobConfig) -> int:
-    """Ranks of a job that is started alone: one replica, or as many as parallel.dp says."""
+    """Ranks of a job that is started alone: one replica, or as many as parallel.dp says.
+
+    Raises:
+        ConfigError: the model cannot be split so.
+    """
+    check_layout(ModelConfig.from_folder(job.model.path), job.parallel)
     return job.parallel.replica_size * (job.parallel.dp or 1)
 
 
@@ -63,10 +70,10 @@ def run_as_started(
     Args:
         place: filled in as soon as the world is up, so that errors can be reported from the right rank.
     """
+    world = enter_world(environment, place)
     from hpcinfer.parallel.agree import agree_or_raise
     from hpcinfer.runner.batch_runner import run_job
 
-    world = enter_world(environment, place)
     config = agree_or_raise(world.channel, lambda: load_job(job, overrides))
     world.deadline_s = config.comm.deadline_s
     world.strict = world.strict or config.comm.strict
@@ -84,12 +91,13 @@ def enter_world(environment: LaunchEnvironment, place: Place) -> World:
     Raises:
         LaunchError: the world is not what the launcher started.
     """
+    if environment.launcher != "none":
+        die_with_parent()  # before anything that takes time: an orphan could start to write
     # torch and MPI are loaded here and not above: starting ranks needs neither.
     from hpcinfer.comm.bootstrap import local_world, start_world
 
     if environment.launcher == "none":
         return local_world()
-    die_with_parent()
     world = start_world(environment=environment)
     place.rank, place.size, place.host, place.abort = world.rank, world.size, world.host, world.abort
     return world
