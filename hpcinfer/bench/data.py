@@ -117,7 +117,7 @@ def _loop(run: RunDirectory, prompts: Path, num_rows: int, model: str) -> int:
         )
         ReplicaLoop(
             replica=replica, feed=feed, ledger=ledger, segments=segments, writer=writer, tokenizer=tokenizer,
-            max_sequences=_STUB_SEQUENCES, linger_s=0.0, max_failed=0, drain=DrainFlag(), clock=PhaseClock(),
+            max_sequences=_STUB_SEQUENCES, linger_s=0.0, failed_before=0, max_failed=0, drain=DrainFlag(), clock=PhaseClock(),
             on_tick=lambda figures: None,
         ).run()
     writer.leave()

@@ -22,9 +22,9 @@ from hpcinfer.config.job import EngineSection
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.config.parallel import ParallelConfig
 from hpcinfer.engine.build import ReplicaPlan, build_replica, plan_replica
-from hpcinfer.engine.memory import available_host_bytes
 from hpcinfer.engine.replica import Replica
 from hpcinfer.errors import CheckpointError, ConfigError
+from hpcinfer.launch.host_memory import available_host_bytes
 from hpcinfer.models.base import StageModel
 from hpcinfer.models.footprint import DTYPE_BYTES, kv_bytes_per_token, layer_parameters, stage_parameters
 from hpcinfer.models.random_weights import fill_random

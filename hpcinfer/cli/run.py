@@ -9,6 +9,7 @@ Exit codes: 0 every row is in generations.h5, 1 failed, 2 the job or the command
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 
@@ -52,8 +53,7 @@ def execute(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, environment, place) -> int:
     from hpcinfer.launch.signals import DrainFlag
-    from hpcinfer.runner.start import run_as_started, write_summary
-    from hpcinfer.runner.summary import summary_text
+    from hpcinfer.runner.start import run_as_started
 
     drain = DrainFlag()
     drain.install()
@@ -61,15 +61,26 @@ def _run(args: argparse.Namespace, environment, place) -> int:
         args.job, args.overrides, environment, place, drain, quiet=args.quiet or args.json
     )
     if place.rank == 0:
-        if args.summary:
-            write_summary(args.summary, summary)
-        if args.json:
-            print(json.dumps(summary.to_dict()))
-        elif not args.quiet:
-            if summary.complete and args.show > 0:
-                _show(args, summary.output)
-            print(summary_text(summary))
+        try:
+            _report(args, summary)
+        except OSError as error:  # the work is done and its exit code stands, whoever cannot be told
+            with contextlib.suppress(OSError):
+                print(f"hpcinfer: the summary cannot be written: {error}", file=sys.stderr)
     return ExitCode.DONE if summary.complete else ExitCode.RESUMABLE
+
+
+def _report(args: argparse.Namespace, summary) -> None:
+    from hpcinfer.runner.start import write_summary
+    from hpcinfer.runner.summary import summary_text
+
+    if args.summary:
+        write_summary(args.summary, summary)
+    if args.json:
+        print(json.dumps(summary.to_dict()), flush=True)
+    elif not args.quiet:
+        if summary.complete and args.show > 0:
+            _show(args, summary.output)
+        print(summary_text(summary), flush=True)
 
 
 def _show(args: argparse.Namespace, output: str) -> None:

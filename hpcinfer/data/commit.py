@@ -1,8 +1,8 @@
 """How a file comes into being in a run directory: whole, durable, and under a name that nobody else uses.
 
 Readers see a file by its final name only after all of its bytes are on disk: temporary name with O_EXCL, write, fsync,
-close, rename, fsync of the folder. Killed between any two of these calls, a writer leaves at most a temporary file, which
-no reader looks at.
+close, rename, fsync of the folder. Killed between any two of these calls, a writer leaves at most a temporary file,
+which no reader looks at.
 """
 
 from __future__ import annotations

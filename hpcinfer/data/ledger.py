@@ -18,6 +18,7 @@ from hpcinfer.data.run_directory import RunDirectory, storage_errors, unusable
 from hpcinfer.data.writers import identity_path
 
 _SCAN_SHARE = 0.05
+_LONGEST_SCAN_PAUSE_S = 10.0
 # Reading so many segments at the start takes a few seconds.
 _EAGER_SEGMENTS = 2000
 # A listing is worth its price when this many claims in a row turn out to be taken.
@@ -66,8 +67,8 @@ class Ledger:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`min_scan_s`: after WAIT the folders are read again no sooner than this; where reading them is slow, it is
-        made to take at most a twentieth of the time. `retry_s`: how long a file system may refuse claims before the
-        run ends.
+        made to take at most a twentieth of the time, up to a pause of 10 s. `retry_s`: how long a file system may
+        refuse claims before the run ends.
         """
         self._run = run
         self._min_scan_s = min_scan_s
@@ -130,7 +131,8 @@ class Ledger:
             return NoClaim.DONE
         abandoned, silent, _ = self._held_by_others(own_too=idle)
         now = self._clock()
-        self._scan_at = now + max(self._min_scan_s, (now - scan_began) / _SCAN_SHARE)
+        pause_s = max(self._min_scan_s, (now - scan_began) / _SCAN_SHARE)
+        self._scan_at = now + min(pause_s, _LONGEST_SCAN_PAUSE_S)
         claim = self._take_over(abandoned) or self._take_over(silent, limit=1)
         self._takeovers = abandoned
         return claim or NoClaim.WAIT

@@ -86,8 +86,9 @@ class Sink(io.RawIOBase):
     def abandon(self) -> None:
         """Closes."""
         if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+            # A close() that fails has closed all the same: never twice.
+            descriptor, self._descriptor = self._descriptor, -1
+            os.close(descriptor)
 
 
 class MergedColumns:

@@ -91,8 +91,11 @@ class RunDirectory:
         return self.path / "generations.h5"
 
     def read_done(self) -> dict[str, Any] | None:
-        """The marker of completion: {"num_rows", "num_samples", "ok", "failed", ...}, or None."""
-        return _read_json(self.path / "done.json")
+        """The marker of completion: {"num_rows", "num_samples", "ok", "failed", ...}, or None. Raises
+        RunDirectoryError, ResumableError.
+        """
+        with storage_errors(self.path):
+            return _read_json(self.path / "done.json")
 
     def is_complete(self, num_rows: int) -> bool:
         """Whether generations.h5 holds every (row, sample) of an input of `num_rows` rows."""

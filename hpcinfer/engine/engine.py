@@ -13,9 +13,9 @@ from hpcinfer.config.model import ModelConfig
 from hpcinfer.config.parallel import ParallelConfig
 from hpcinfer.data.tokenize import Tokenizer
 from hpcinfer.engine.build import build_replica, plan_replica
-from hpcinfer.engine.memory import available_host_bytes
 from hpcinfer.engine.outcome import failed_generation, generation_of
-from hpcinfer.errors import RowError
+from hpcinfer.errors import ConfigError, RowError
+from hpcinfer.launch.host_memory import available_host_bytes
 from hpcinfer.models.weights import Checkpoint, load_stage
 from hpcinfer.observe.metrics import PhaseClock
 from hpcinfer.parallel.groups import local_groups
@@ -56,6 +56,7 @@ class Engine:
             plan, groups, clock=self.clock, load=lambda stage: load_stage(stage, checkpoint)
         )
         self._tokenizer = Tokenizer(model) if (Path(model) / "tokenizer.json").is_file() else None
+        self._vocab_size = config.vocab_size
         self._queue_depth = _QUEUE_DEPTH * engine.max_sequences
 
     @property
@@ -104,14 +105,23 @@ class Engine:
                 for sample in range(sampling.n)
             ]
             self._replica.scheduler.refuse(made[0])
-        except RowError as error:
+        except (RowError, ConfigError) as error:
             yield from (failed_generation(row, sample, str(error)) for sample in range(sampling.n))
         else:
             requests += made
 
     def _token_ids(self, prompt: str | Sequence[int]) -> np.ndarray:
         if not isinstance(prompt, str):
-            return np.asarray(prompt, np.int32)
+            return self._checked(np.asarray(prompt))
         if self._tokenizer is None:
             raise RowError("the model folder has no tokenizer.json: give token ids")
         return self._tokenizer.encode(prompt)
+
+    def _checked(self, token_ids: np.ndarray) -> np.ndarray:
+        if token_ids.ndim != 1 or (len(token_ids) and token_ids.dtype.kind not in "iu"):
+            raise RowError("a prompt is a string or a sequence of token ids")
+        if len(token_ids) and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < self._vocab_size:
+            raise RowError(
+                f"token ids from {token_ids.min()} to {token_ids.max()} are not in the vocabulary of {self._vocab_size}"
+            )
+        return token_ids.astype(np.int32)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from hpcinfer.config.job import EngineSection
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.errors import ConfigError
@@ -74,35 +72,3 @@ def num_kv_blocks(
             + (f", or lower engine.max_context to {blocks * engine.block_size}" if blocks and engine.max_context else ""),
         )
     return blocks + 1
-
-
-def available_host_bytes(num_local_ranks: int) -> int:
-    """Memory that this rank may take on this node: its equal share of what is free, within the job's cgroup."""
-    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(meminfo["MemAvailable"].split()[0]) * 1024
-    limit = _cgroup_free()
-    return (free if limit is None else min(free, limit)) // num_local_ranks
-
-
-def _cgroup_free() -> int | None:
-    """Bytes left in this process's memory cgroup (v2), the tightest of its ancestors; None where there is no limit."""
-    try:
-        entries = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return None
-    path = next((entry.split("::", 1)[1] for entry in entries if entry.startswith("0::")), None)
-    if path is None:
-        return None
-    root = Path("/sys/fs/cgroup")
-    folder = root / path.lstrip("/")
-    frees = []
-    for level in (folder, *folder.parents):
-        if not level.is_relative_to(root):
-            break
-        try:
-            limit, used = (level / "memory.max").read_text().strip(), (level / "memory.current").read_text().strip()
-        except OSError:
-            continue
-        if limit != "max":
-            frees.append(int(limit) - int(used))
-    return min(frees) if frees else None

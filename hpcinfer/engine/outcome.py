@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hpcinfer.data.tokenize import Tokenizer
-from hpcinfer.request import FinishReason, Generation, Status
+from hpcinfer.request import Generation, Status
 from hpcinfer.scheduler.scheduler import EndedSequence
 
 
@@ -15,7 +15,7 @@ def generation_of(ended: EndedSequence, tokenizer: Tokenizer | None) -> Generati
     return Generation(
         row=request.row,
         sample=request.sample,
-        status=Status.PARTIAL if ended.reason is FinishReason.NONE else Status.OK,
+        status=Status.PARTIAL if ended.is_cut_short else Status.OK,
         finish_reason=ended.reason,
         token_ids=ended.output_token_ids,
         text=tokenizer.decode(ended.output_token_ids) if tokenizer else "",

@@ -77,9 +77,14 @@ def run_as_rank(main: Callable[[Place], int | None], place: Place | None = None)
             if place.size > 1:
                 _kill_after(AGREED_TIMEOUT_S)
             return code
-        _print(describe(error, place))
-        end_all(place, code)
+        end_with(error, place)
         return code
+
+
+def end_with(error: BaseException, place: Place) -> None:
+    """Report an error that only this rank has, and end all the others. Returns only in a process that is alone."""
+    _print(describe(error, place))
+    end_all(place, int(error.exit_code) if isinstance(error, HpcinferError) else int(ExitCode.FAILED))
 
 
 def describe(error: BaseException, place: Place) -> str:

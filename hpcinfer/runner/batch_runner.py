@@ -15,9 +15,8 @@ from hpcinfer.config.job import JobConfig
 from hpcinfer.data.run_directory import RunDirectory, open_existing
 from hpcinfer.data.status import read_status
 from hpcinfer.engine.build import ReplicaPlan, build_replica, plan_replica
-from hpcinfer.engine.memory import available_host_bytes
-from hpcinfer.errors import TooManyFailedRows
 from hpcinfer.launch.env import LaunchEnvironment
+from hpcinfer.launch.host_memory import available_host_bytes
 from hpcinfer.launch.signals import DrainFlag
 from hpcinfer.models.weights import Checkpoint, load_stage
 from hpcinfer.observe.log import close_log, rank_log
@@ -26,7 +25,7 @@ from hpcinfer.parallel.agree import agree_or_raise, together
 from hpcinfer.parallel.groups import ReplicaGroups, build_groups
 from hpcinfer.runner.leader import lead
 from hpcinfer.runner.preflight import CheckedJob, check_job, open_run
-from hpcinfer.runner.replica_loop import LoopFigures
+from hpcinfer.runner.replica_loop import LoopFigures, check_failures
 from hpcinfer.runner.summary import RunSummary
 from hpcinfer.units import format_count
 
@@ -93,7 +92,8 @@ def run_job(
     groups.close()  # not after an error: it is collective, and the others do not know
     results = world.channel.all_gather(result, deadline_s=_NO_DEADLINE)
     return agree_or_raise(
-        world.channel, lambda: _sum_up(job, checked, run, results, world.size, time.monotonic() - start_s)
+        world.channel, lambda: _sum_up(job, checked, run, results, world.size, time.monotonic() - start_s),
+        deadline_s=_NO_DEADLINE,
     )
 
 
@@ -138,13 +138,7 @@ def _sum_up(
     figures = [result.figures for result in results]
     failures = sum((f.failures for f in figures), collections.Counter())
     counters = sum((result.counters for result in results), collections.Counter())
-    allowed = job.run.allowed_failures(status.num_total)
-    if status.num_failed > allowed:
-        raise TooManyFailedRows(
-            f"{status.num_failed} of {status.num_total} rows failed, more than run.max_failed = {job.run.max_failed} allows",
-            found="; ".join(f"{count} times: {reason}" for reason, count in failures.most_common(_REASONS_SHOWN)),
-            fix=f"see the error column of {run.generations if status.complete else run.path}",
-        )
+    check_failures(status.num_failed, job.run.allowed_failures(status.num_total), failures)
     return RunSummary(
         complete=status.complete,
         output=str(run.generations if status.complete else run.path),

@@ -16,6 +16,8 @@ from hpcinfer.request import Generation, Request, SamplingParams
 
 _TOKENIZE_ROWS = 64
 """Rows given to the tokenizer at a time: enough for its threads, few enough for memory."""
+_FAILED_AT_ONCE = 256
+"""Rows that cannot be run given back at a time: a stretch of them must not keep the loop from its other duties."""
 
 Pending = dict[int, list[tuple[int, np.ndarray | None]]]
 """row -> (sample, token ids of an earlier life or None) of what a claim still needs."""
@@ -55,15 +57,22 @@ class RowFeed:
         self.num_resumed = 0
         """Requests that go on from tokens of an earlier life."""
 
-    def take(self, count: int) -> tuple[list[Request], list[Generation]]:
-        """Up to `count` requests, and the rows found on the way that cannot be run."""
+    def take(self, count: int, *, idle: bool = False) -> tuple[list[Request], list[Generation]]:
+        """Up to `count` requests, and the rows found on the way that cannot be run (a bounded number of them).
+
+        Args:
+            idle: nothing of this writer is in work or waits to be committed.
+
+        Raises:
+            ConfigError: a row that this start's K/V cache cannot hold.
+        """
         requests: list[Request] = []
         failed: list[Generation] = []
         self.state = None
-        while len(requests) < count:
+        while len(requests) < count and len(failed) < _FAILED_AT_ONCE:
             item = next(self._open, None)
             if item is None:
-                claim = self._ledger.next_claim()
+                claim = self._ledger.next_claim(idle=idle and not requests and not failed)
                 if isinstance(claim, NoClaim):
                     self.state = claim
                     break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import sys
 import time
 
@@ -10,9 +11,10 @@ from hpcinfer.data.coverage import Coverage
 from hpcinfer.data.ledger import Ledger
 from hpcinfer.data.liveness import Liveness
 from hpcinfer.data.merge import claim_merge, merge_run
+from hpcinfer.data.prompt_row import PromptsReader
 from hpcinfer.data.run_directory import RunDirectory
 from hpcinfer.data.segments import SegmentPolicy, SegmentWriter, segment_limit
-from hpcinfer.data.writers import Writer, WriterIdentity, register_writer
+from hpcinfer.data.writers import Writer, WriterIdentity, register_writer, writer_ids
 from hpcinfer.engine.replica import Replica
 from hpcinfer.launch.env import LaunchEnvironment
 from hpcinfer.launch.signals import DrainFlag
@@ -21,7 +23,7 @@ from hpcinfer.observe.progress import ProgressBar
 from hpcinfer.runner.feed import RowFeed
 from hpcinfer.runner.preflight import CheckedJob, job_tokenizer, open_job_prompts
 from hpcinfer.runner.progress import RunProgress, earlier_writers
-from hpcinfer.runner.replica_loop import LoopFigures, ReplicaLoop
+from hpcinfer.runner.replica_loop import LoopFigures, ReplicaLoop, check_failures
 
 _MERGE_POLL_S = 0.2
 
@@ -43,46 +45,68 @@ def lead(
         console: show a progress bar for the whole run.
     """
     known = earlier_writers(run)
-    identity = _identity(environment, checked)
-    writer = register_writer(run, identity, interval_s=job.run.heartbeat_s)
-    coverage = Coverage(run, checked.num_rows)
-    coverage.refresh()
-    done_before = coverage.num_keys - coverage.num_missing
-    failed_before = coverage.num_failed
-    liveness = Liveness(run, stale_after_s=job.run.stale_s)
-    ledger = Ledger(run, writer.id, liveness, coverage)
-    segments = SegmentWriter(run, writer.id, _policy(job, len(known) + checked.mesh.dp), on_commit=coverage.add_table)
-    tokenizer = job_tokenizer(job)
-    bar = ProgressBar(sys.stderr) if console else None
-    progress = RunProgress(
-        bar, run, own_id=writer.id, rows_total=coverage.num_keys, rows_done=done_before, known=known
-    )
-    with open_job_prompts(job) as reader:
-        loop = ReplicaLoop(
-            replica=replica,
-            feed=RowFeed(
-                ledger, reader, tokenizer, job.sampling,
-                refuse=replica.scheduler.refuse, vocab_size=checked.model.vocab_size,
-            ),
-            ledger=ledger,
-            segments=segments,
-            writer=writer,
-            tokenizer=tokenizer,
-            max_sequences=job.engine.max_sequences,
-            linger_s=job.run.linger_s,
-            max_failed=job.run.allowed_failures(coverage.num_keys) - failed_before,
-            drain=drain,
-            clock=clock,
-            on_tick=progress.update,
+    writer = register_writer(run, _identity(environment, checked), interval_s=job.run.heartbeat_s)
+    try:
+        coverage = Coverage(run, checked.num_rows)
+        coverage.refresh()
+        check_failures(
+            coverage.num_failed, job.run.allowed_failures(coverage.num_keys), collections.Counter()
         )
-        loop.run()
-    progress.update(loop.figures, force=True)
-    progress.close()
-    replica.stop()
-    with clock.phase("io"):
-        _merge_when_complete(run, writer, coverage, liveness)
-    writer.leave()
-    return loop.figures
+        liveness = Liveness(run, stale_after_s=job.run.stale_s)
+        progress = RunProgress(
+            ProgressBar(sys.stderr) if console else None, run, own_id=writer.id, rows_total=coverage.num_keys,
+            rows_done=coverage.num_keys - coverage.num_missing, known=known,
+        )
+        with open_job_prompts(job) as reader:
+            loop = _loop(job, checked, run, replica, writer, coverage, liveness, reader, drain, clock, progress)
+            figures = loop.run()
+        progress.update(figures, force=True)
+        progress.close()
+        replica.stop()
+        with clock.phase("io"):
+            _merge_when_complete(run, writer, coverage, liveness)
+    except BaseException:
+        writer.leave()  # its claims are free at once; what was not committed is run again
+        raise
+    writer.leave(**loop.beat())
+    return figures
+
+
+def _loop(
+    job: JobConfig,
+    checked: CheckedJob,
+    run: RunDirectory,
+    replica: Replica,
+    writer: Writer,
+    coverage: Coverage,
+    liveness: Liveness,
+    reader: PromptsReader,
+    drain: DrainFlag,
+    clock: PhaseClock,
+    progress: RunProgress,
+) -> ReplicaLoop:
+    ledger = Ledger(run, writer.id, liveness, coverage, retry_s=job.run.retry_s)
+    num_writers = len(writer_ids(run))
+    tokenizer = job_tokenizer(job)
+    feed = RowFeed(
+        ledger, reader, tokenizer, job.sampling,
+        refuse=replica.scheduler.refuse, vocab_size=checked.model.vocab_size,
+    )
+    return ReplicaLoop(
+        replica=replica,
+        feed=feed,
+        ledger=ledger,
+        segments=SegmentWriter(run, writer.id, _policy(job, num_writers), on_commit=coverage.add_table),
+        writer=writer,
+        tokenizer=tokenizer,
+        max_sequences=job.engine.max_sequences,
+        linger_s=job.run.linger_s,
+        failed_before=coverage.num_failed,
+        max_failed=job.run.allowed_failures(coverage.num_keys),
+        drain=drain,
+        clock=clock,
+        on_tick=progress.update,
+    )
 
 
 def _merge_when_complete(run: RunDirectory, writer: Writer, coverage: Coverage, liveness: Liveness) -> None:

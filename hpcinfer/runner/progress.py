@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 from hpcinfer.data.run_directory import RunDirectory
@@ -41,7 +42,10 @@ class RunProgress:
         if self._bar is None:
             return
         if time.monotonic() - self._read_at > _OTHERS_S:
-            self._others = self._read_others()
+            try:
+                self._others = self._read_others()
+            except OSError:
+                pass  # a display may miss a heartbeat that is just being replaced
             self._read_at = time.monotonic()
         rows, failed, tokens = self._others
         point = ProgressPoint(
@@ -51,12 +55,16 @@ class RunProgress:
             tokens=figures.output_tokens + tokens,
             rows_failed=figures.failed + failed,
         )
-        self._bar.update(point, force=force)
+        try:
+            self._bar.update(point, force=force)
+        except OSError:
+            self._bar = None  # nobody can see it: a full disk, a closed pipe
 
     def close(self) -> None:
         """Leave the terminal as it was."""
         if self._bar is not None:
-            self._bar.close()
+            with contextlib.suppress(OSError):
+                self._bar.close()
 
     def _read_others(self) -> tuple[int, int, int]:
         sums = [0, 0, 0]

@@ -14,7 +14,7 @@ from hpcinfer.data.tokenize import Tokenizer
 from hpcinfer.data.writers import Writer
 from hpcinfer.engine.outcome import generation_of
 from hpcinfer.engine.replica import Replica
-from hpcinfer.errors import TooManyFailedRows
+from hpcinfer.errors import ConfigError, TooManyFailedRows
 from hpcinfer.launch.signals import DrainFlag
 from hpcinfer.observe.metrics import PhaseClock
 from hpcinfer.request import Generation, Status
@@ -52,7 +52,8 @@ class ReplicaLoop:
         tokenizer: makes text; None leaves it empty.
         max_sequences: sequences in work at once.
         linger_s: how long to wait without work while other writers live.
-        max_failed: failed rows of this life that end it with TooManyFailedRows.
+        failed_before: failed rows of the run that earlier lives committed.
+        max_failed: failed rows of the run that are still accepted.
         drain: set by a signal: commit what there is and leave.
         clock: where time for reading, tokenising and committing is added.
         on_tick: called after every step, for progress displays.
@@ -69,6 +70,7 @@ class ReplicaLoop:
         tokenizer: Tokenizer | None,
         max_sequences: int,
         linger_s: float,
+        failed_before: int,
         max_failed: int,
         drain: DrainFlag,
         clock: PhaseClock,
@@ -83,6 +85,7 @@ class ReplicaLoop:
         self._tokenizer = tokenizer
         self._wanted = max_sequences + _QUEUED_ROWS
         self._linger_s = linger_s
+        self._failed_before = failed_before
         self._max_failed = max_failed
         self._drain = drain
         self._clock = clock
@@ -94,50 +97,61 @@ class ReplicaLoop:
 
         Raises:
             ResumableError: the storage refused for too long.
-            TooManyFailedRows: more rows failed than the job allows.
+            TooManyFailedRows: more rows failed than the job allows; finished rows are committed.
+            ConfigError: a row does not fit into the K/V cache; finished rows are committed.
         """
+        try:
+            self._run()
+        except (TooManyFailedRows, ConfigError):
+            self._segments.flush()
+            raise
+        return self.figures
+
+    def _run(self) -> None:
         self._writer.set_state("running")
         idle_since: float | None = None
         while not self._drain:
-            if self._step() or not self._replica.is_idle:
+            if self._step():
                 idle_since = None
                 continue
-            with self._clock.phase("io"):
-                self._segments.flush()  # claims of our own are done only when their rows are committed
             if self._feed.state is NoClaim.DONE:
                 break
             now = time.monotonic()
             if idle_since is None:
                 idle_since = now
-                self._writer.set_state("idle", **self._beat())
+                self._writer.set_state("idle", **self.beat())
             if now - idle_since > self._linger_s:
                 break
             time.sleep(_IDLE_S)
             self._writer.step_finished()
         if self._drain:
-            self._writer.set_state("draining", **self._beat())
+            self._writer.set_state("draining", **self.beat())
             self._finish(self._replica.step([], drain=True))
         with self._clock.phase("io"):
             self._segments.close()
-        return self.figures
 
     def _step(self) -> bool:
-        """One tick; False when there was nothing to compute."""
+        """One tick; False when there is nothing to do but wait."""
+        idle = self._replica.is_idle
         with self._clock.phase("io"):
-            requests, failed = self._feed.take(self._wanted - self._replica.scheduler.num_sequences)
+            if idle:
+                self._segments.flush()  # claims of our own are done only when their rows are committed
+            requests, failed = self._feed.take(self._wanted - self._replica.scheduler.num_sequences, idle=idle)
             self._commit(failed)
-        if not requests and self._replica.is_idle:
-            return bool(failed)
-        self._finish(self._replica.step(requests))
-        self._writer.step_finished(**self._beat())
+        if requests or not idle:
+            self._finish(self._replica.step(requests))
+        elif not failed:
+            return False
+        self._writer.step_finished(**self.beat())
         self._on_tick(self.figures)
         return True
 
     def _finish(self, ended: list[EndedSequence]) -> None:
         with self._clock.phase("io"):
-            for sequence in ended:
-                self.figures.output_tokens += len(sequence.output_token_ids) - len(sequence.request.output_token_ids)
-            self._commit([generation_of(sequence, self._tokenizer) for sequence in ended])
+            self.figures.output_tokens += sum(sequence.num_new_tokens for sequence in ended)
+            # A row that a drain cut short before it got further has nothing to keep.
+            kept = [sequence for sequence in ended if not sequence.is_cut_short or sequence.num_new_tokens]
+            self._commit([generation_of(sequence, self._tokenizer) for sequence in kept])
 
     def _commit(self, generations: list[Generation]) -> None:
         for generation in generations:
@@ -149,16 +163,10 @@ class ReplicaLoop:
                 self.figures.failed += 1
                 self.figures.failures[_reason(generation.error)] += 1
         self._segments.add(generations)
-        if self.figures.failed > self._max_failed:
-            self._segments.flush()
-            reason, count = self.figures.failures.most_common(1)[0]
-            raise TooManyFailedRows(
-                f"{self.figures.failed} rows have failed, more than run.max_failed allows",
-                found=f"{count} times: {reason}",
-                fix="mend the prompts, or raise run.max_failed; the good rows are kept and the run goes on from them",
-            )
+        check_failures(self._failed_before + self.figures.failed, self._max_failed, self.figures.failures)
 
-    def _beat(self) -> dict[str, float]:
+    def beat(self) -> dict[str, float]:
+        """The figures of this life for its heartbeat."""
         seconds = max(time.monotonic() - self._start_s, 1e-9)
         return {
             "rows_ok": self._segments.num_ok,
@@ -172,6 +180,16 @@ class ReplicaLoop:
             "rows_per_s": self.figures.rows / seconds,
             "output_tokens_per_s": self.figures.output_tokens / seconds,
         }
+
+
+def check_failures(failed: int, allowed: int, failures: collections.Counter) -> None:
+    """Raise TooManyFailedRows when more than `allowed` rows failed; `failures` counts the reasons that are known."""
+    if failed > allowed:
+        raise TooManyFailedRows(
+            f"{failed} rows have failed; run.max_failed allows {allowed}",
+            found="; ".join(f"{count} times: {reason}" for reason, count in failures.most_common(3)),
+            fix="mend the prompts, or raise run.max_failed; the good rows are kept and the run goes on from them",
+        )
 
 
 def _reason(error: str) -> str:

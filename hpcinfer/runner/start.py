@@ -18,7 +18,7 @@ from hpcinfer.config.parallel import check_layout
 from hpcinfer.errors import HpcinferError, LaunchError
 from hpcinfer.launch.env import LaunchEnvironment
 from hpcinfer.launch.process import die_with_parent
-from hpcinfer.launch.report import Place
+from hpcinfer.launch.report import Place, end_with
 from hpcinfer.launch.signals import DrainFlag
 from hpcinfer.runner.summary import RunSummary
 
@@ -43,7 +43,13 @@ def run(job: str | Path, overrides: Sequence[str] = (), *, quiet: bool = True) -
     environment = LaunchEnvironment.from_environ()
     if environment.launcher == "none" and ranks_needed(load_job(job, overrides)) > 1:
         return _run_in_ranks(job, overrides, quiet)
-    return run_as_started(job, overrides, environment, Place(), DrainFlag(), quiet=quiet)
+    place = Place()
+    try:
+        return run_as_started(job, overrides, environment, place, DrainFlag(), quiet=quiet)
+    except Exception as error:
+        if place.size > 1 and not getattr(error, "agreed", False):
+            end_with(error, place)  # the other ranks wait for this one in a collective
+        raise
 
 
 def ranks_needed(job: JobConfig) -> int:
@@ -75,7 +81,7 @@ def run_as_started(
     from hpcinfer.runner.batch_runner import run_job
 
     config = agree_or_raise(world.channel, lambda: load_job(job, overrides))
-    world.deadline_s = config.comm.deadline_s
+    world.deadline_s = world.channel.deadline_s = config.comm.deadline_s
     world.strict = world.strict or config.comm.strict
     summary = run_job(config, world, environment=environment, drain=drain, quiet=quiet)
     world.close()
@@ -104,7 +110,10 @@ def enter_world(environment: LaunchEnvironment, place: Place) -> World:
 
 
 def _run_in_ranks(job: str | Path, overrides: Sequence[str], quiet: bool) -> RunSummary:
-    with tempfile.TemporaryDirectory(prefix="hpcinfer-") as folder:
+    # Beside the output, which all nodes see: rank 0 may be on another one.
+    output = Path(load_job(job, overrides).data.output).absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".hpcinfer-", dir=output.parent) as folder:
         report = Path(folder) / "summary.json"
         command = [sys.executable, "-m", "hpcinfer", "run", str(job), "--summary", str(report)]
         command += [word for override in overrides for word in ("--set", override)]

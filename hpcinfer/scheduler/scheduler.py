@@ -13,7 +13,7 @@ import zlib
 import numpy as np
 
 from hpcinfer.batch import MicroBatch
-from hpcinfer.errors import ReplicaDivergedError, RowError
+from hpcinfer.errors import ConfigError, ReplicaDivergedError, RowError
 from hpcinfer.kvcache.blocks import BlockManager
 from hpcinfer.request import NOT_A_TOKEN, FinishReason, Request
 from hpcinfer.scheduler.message import TickMessage
@@ -75,6 +75,16 @@ class EndedSequence:
     error: str = ""
     """Why it failed."""
 
+    @property
+    def is_cut_short(self) -> bool:
+        """True where a drain ended it."""
+        return self.reason is FinishReason.NONE and not self.error
+
+    @property
+    def num_new_tokens(self) -> int:
+        """Tokens generated since its request arrived; those of an earlier life are not counted."""
+        return len(self.output_token_ids) - len(self.request.output_token_ids)
+
 
 class Scheduler:
     """Decides which tokens every tick computes. Use: `apply(message)`, then `schedule()`, once a tick each."""
@@ -106,7 +116,12 @@ class Scheduler:
         return self._by_id[sequence_id]
 
     def refuse(self, request: Request) -> None:
-        """Raise RowError if `request` could never run within the limits, whatever else runs."""
+        """Raise where `request` could never run within the limits, whatever else runs.
+
+        Raises:
+            RowError: it has no tokens, or is too long for the model: it would fail in every start.
+            ConfigError: it is too long for this start's K/V cache: another layout or setting can run it.
+        """
         limits = self.limits
         num_tokens = len(request.prompt_token_ids)
         if num_tokens == 0:
@@ -115,8 +130,10 @@ class Scheduler:
             raise RowError(f"the prompt has {num_tokens} tokens; at most {limits.max_context - 1} leave room for an output token")
         longest = min(num_tokens + request.sampling.max_tokens, limits.max_context)
         if self.blocks.blocks_for(longest) > self.blocks.capacity:
-            raise RowError(
-                f"prompt and output may reach {longest} tokens; the K/V cache holds {self.blocks.capacity * limits.block_size}"
+            raise ConfigError(
+                f"row {request.row} may reach {longest} tokens, prompt and output together: more than the K/V cache holds",
+                found=f"pages for {limits.num_tokens} tokens",
+                fix="raise engine.kv_memory, parallel.tp or parallel.pp, or lower engine.max_context; rows that are done stay",
             )
 
     # -- one tick ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-"""A process is killed, or the storage refuses, at each system call of a commit and of a whole life: nothing acknowledged
-is lost, nothing half is counted, and the next life completes all.
+"""A process is killed, or the storage refuses, at each system call of a commit and of a whole life: nothing
+acknowledged is lost, nothing half is counted, and the next life completes all.
 
 One subprocess a test forks a life for each call (tests/faults/shim/harness.py); the shim is compiled here.
 """

@@ -158,3 +158,48 @@ def test_paths_with_spaces_quotes_and_newlines(tmp_path):
     result = subprocess.run(command, cwd=ROOT, env=rank_env(), capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
     assert (folder / "the run/generations.h5").exists()
+
+
+def test_too_little_memory_for_a_row_is_an_error_of_the_start_and_not_of_the_row(tmp_path):
+    path = write_prompts(tmp_path / "prompts.h5", ["1+1=", "reverse abcdefgh:", "2+2="])
+    small = run(tmp_path / "run", f"data.prompts={path}", "parallel.tp=1", "engine.kv_memory=40 KiB")
+    assert small.returncode == 2 and "K/V cache holds" in small.stderr and "Traceback" not in small.stderr
+    large = run(tmp_path / "run", f"data.prompts={path}", "parallel.tp=1", options=("--json",))
+    assert large.returncode == 0 and json.loads(large.stdout)["ok"] == 3
+
+
+def test_many_rows_that_cannot_run_do_not_hold_up_the_loop(tmp_path):
+    path = write_prompts(tmp_path / "prompts.h5", [""] * 3000 + ["1+1="])
+    result = run(tmp_path / "run", f"data.prompts={path}", "parallel.tp=1", "run.max_failed=10")
+    assert result.returncode == 1 and "run.max_failed allows 10" in result.stderr
+    status = json.loads(
+        subprocess.run(
+            [sys.executable, "-m", "hpcinfer", "status", str(tmp_path / "run"), "--json"], cwd=ROOT, env=rank_env(),
+            capture_output=True, text=True, check=False,
+        ).stdout
+    )
+    assert 10 < status["num_failed"] < 1000
+    assert status["writers"][0]["state"] == "left"
+    again = run(tmp_path / "run", f"data.prompts={path}", "parallel.tp=1", "run.max_failed=10")
+    assert again.returncode == 1 and "run.max_failed allows 10" in again.stderr and "Traceback" not in again.stderr
+
+
+def test_a_console_and_a_log_that_cannot_be_written_end_nothing(tmp_path):
+    path = write_prompts(tmp_path / "prompts.h5", ["1+1=", "2+2="])
+    assert run(tmp_path / "run", f"data.prompts={path}", "parallel.tp=1", "sampling.max_tokens=1").returncode == 0
+    command = [sys.executable, "-m", "hpcinfer", "run", JOB]
+    for setting in (f"data.output={tmp_path / 'other'}", f"data.prompts={path}", "parallel.tp=1"):
+        command += ["--set", setting]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, cwd=ROOT, env=rank_env(), stdout=full, stderr=full, timeout=120, check=False)
+    assert result.returncode == 0
+    assert (tmp_path / "other/generations.h5").exists()
+
+
+def test_the_python_call_under_mpiexec_ends_all_ranks_when_one_fails(tmp_path):
+    path = write_prompts(tmp_path / "prompts.h5", ["", "", "", "1+1="])
+    script = tmp_path / "script.py"
+    script.write_text("import sys, hpcinfer\nhpcinfer.run(sys.argv[1], sys.argv[2:])\n")
+    settings = [f"data.output={tmp_path / 'run'}", f"data.prompts={path}", "run.max_failed=1"]
+    result = run_ranks(2, [script, JOB, *settings], timeout_s=60)
+    assert result.returncode == 1 and "run.max_failed allows 1" in result.stderr

@@ -3,9 +3,9 @@
     harness.py SCENARIO SHIM.so SCRATCH ACTION CALLS...
     harness.py race SCRATCH NUM_PROCESSES NUM_KILLS NUM_ROWS NUM_SAMPLES SEED
 
-For every call number in CALLS (`all`, or numbers) a fresh run directory gets a life that is hit at that call; the parent
-then checks what is there, lets a second life finish, and checks again. The last line printed is JSON: counts of what
-happened.
+For every call number in CALLS (`all`, or numbers) a fresh run directory gets a life that is hit at that call; the
+parent then checks what is there, lets a second life finish, and checks again. The last line printed is JSON: counts of
+what happened.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ def generation(
 ) -> Generation:
     return Generation(
         row=row, sample=sample, status=status, finish_reason=FinishReason.STOP,
-        token_ids=np.arange(tokens, dtype=np.int32), text=text, num_prompt_tokens=7, error="why" if status is Status.FAILED else "",
+        token_ids=np.arange(tokens, dtype=np.int32), text=text, num_prompt_tokens=7,
+        error="why" if status is Status.FAILED else "",
     )
 
 

@@ -50,7 +50,11 @@ def test_samples_differ_and_do_not_depend_on_the_batch(engine):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "words"), [("", "no tokens"), ([], "no tokens"), (list(range(3)) * 300, "at most 511")]
+    ("prompt", "words"),
+    [
+        ("", "no tokens"), ([], "no tokens"), (list(range(3)) * 300, "at most 511"), ([5, 263], "vocabulary of 263"),
+        ([5, -1], "vocabulary"), ([2**40], "vocabulary"), ([[1, 2]], "sequence of token ids"), ([0.5], "sequence of token ids"),
+    ],
 )
 def test_a_prompt_that_cannot_run_fails_alone(engine, prompt, words):
     generations = {g.row: g for g in engine.generate([prompt, "2+2="])}

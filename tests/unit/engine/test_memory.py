@@ -6,8 +6,9 @@ import pytest
 
 from hpcinfer.config.job import EngineSection
 from hpcinfer.config.model import ModelConfig
-from hpcinfer.engine.memory import available_host_bytes, context_limit, num_kv_blocks
+from hpcinfer.engine.memory import context_limit, num_kv_blocks
 from hpcinfer.errors import ConfigError
+from hpcinfer.launch.host_memory import available_host_bytes, cgroup_free_bytes
 from hpcinfer.models.footprint import kv_bytes_per_token, weight_bytes
 
 MODEL = ModelConfig(
@@ -66,3 +67,24 @@ def test_context_limit():
 def test_available_memory_is_shared_by_the_ranks_of_a_node():
     alone, shared = available_host_bytes(1), available_host_bytes(4)
     assert 0 < shared < alone
+
+
+def test_free_memory_of_cgroups_counts_cached_files_as_free(tmp_path):
+    """Version 2 with a limit on the parent, and version 1 beside it."""
+    root = tmp_path / "cgroup"
+    v2, v1 = root / "job/step", root / "memory/slurm/job"
+    for folder in (v2, v1):
+        folder.mkdir(parents=True)
+    (v2 / "memory.max").write_text("max\n")
+    (v2.parent / "memory.max").write_text("1000\n")
+    (v2.parent / "memory.current").write_text("900\n")
+    (v2.parent / "memory.stat").write_text("anon 100\ninactive_file 500\nactive_file 200\n")
+    (v1 / "memory.limit_in_bytes").write_text("5000\n")
+    (v1 / "memory.usage_in_bytes").write_text("4000\n")
+    (v1 / "memory.stat").write_text("total_inactive_file 1500\ntotal_active_file 0\n")
+    (v1.parent / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    (v1.parent / "memory.usage_in_bytes").write_text("1\n")
+    (v1.parent / "memory.stat").write_text("")
+    listing = tmp_path / "self"
+    listing.write_text("5:cpu,memory:/slurm/job\n0::/job/step\n")
+    assert sorted(cgroup_free_bytes(listing, root)) == [800, 2500]

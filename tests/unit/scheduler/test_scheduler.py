@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcinfer.batch import MicroBatch
-from hpcinfer.errors import ReplicaDivergedError, RowError
+from hpcinfer.errors import ConfigError, ReplicaDivergedError, RowError
 from hpcinfer.request import NOT_A_TOKEN, FinishReason, Request, SamplingParams
 from hpcinfer.scheduler.message import TickMessage
 from hpcinfer.scheduler.scheduler import EndedSequence, Scheduler, SchedulerLimits
@@ -210,12 +210,12 @@ def test_a_diverged_rank_is_an_error():
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "max_tokens", "words"),
-    [(0, 1, "no tokens"), (100, 1, "at most 99"), (60, 90, "holds 28")],
+    ("num_tokens", "max_tokens", "words", "kind"),
+    [(0, 1, "no tokens", RowError), (100, 1, "at most 99", RowError), (60, 90, "pages for 28 tokens", ConfigError)],
 )
-def test_rows_that_can_never_run_are_refused(num_tokens, max_tokens, words):
+def test_rows_that_can_never_run_are_refused(num_tokens, max_tokens, words, kind):
     scheduler = Scheduler(limits(num_blocks=8))
-    with pytest.raises(RowError, match=words):
+    with pytest.raises(kind, match=words):
         scheduler.refuse(request(0, num_tokens, max_tokens=max_tokens))
     scheduler.refuse(request(0, 20, max_tokens=8))
 
