@@ -12,7 +12,7 @@ from pathlib import Path
 
 from demo_task import draw_unique_prompts, solve
 
-from hpcinfer.data.prompts_writer import PromptsWriter
+from hpcinfer.data.prompts.prompts_writer import PromptsWriter
 
 DEFAULT_FOLDER = Path(__file__).resolve().parent / "demo"
 

@@ -17,15 +17,15 @@ import h5py
 import numpy as np
 
 from hpcinfer.data.convert.driver import convert
-from hpcinfer.data.coverage import Coverage
-from hpcinfer.data.ledger import Ledger
-from hpcinfer.data.liveness import Liveness
-from hpcinfer.data.merge import merge_run
-from hpcinfer.data.reader import open_prompts
-from hpcinfer.data.run_directory import RunDirectory, RunIdentity, create_or_open
-from hpcinfer.data.segments import SegmentWriter
+from hpcinfer.data.ledger.coverage import Coverage
+from hpcinfer.data.ledger.claims import Ledger
+from hpcinfer.data.ledger.liveness import Liveness
+from hpcinfer.data.ledger.merge import merge_run
+from hpcinfer.data.prompts.reader import open_prompts
+from hpcinfer.data.ledger.run_directory import RunDirectory, RunIdentity, create_or_open
+from hpcinfer.data.ledger.segments import SegmentWriter
 from hpcinfer.data.tokenize import Tokenizer
-from hpcinfer.data.writers import WriterIdentity, register_writer
+from hpcinfer.data.ledger.writers import WriterIdentity, register_writer
 from hpcinfer.launch.signals import DrainFlag
 from hpcinfer.observe.metrics import PhaseClock
 from hpcinfer.request import FinishReason, Request, SamplingParams

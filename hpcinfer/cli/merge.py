@@ -19,9 +19,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Merges. Returns 0 when every row is in the output, 3 when some are missing."""
-    from hpcinfer.data.merge import merge_run
-    from hpcinfer.data.run_directory import open_existing
-    from hpcinfer.data.status import read_status
+    from hpcinfer.data.ledger.merge import merge_run
+    from hpcinfer.data.ledger.run_directory import open_existing
+    from hpcinfer.data.ledger.status import read_status
     from hpcinfer.errors import UsageError
 
     if args.partial and args.output is None:

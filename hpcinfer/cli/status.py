@@ -18,7 +18,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Prints the status. Returns 0 when the run is complete, 3 when it is not."""
-    from hpcinfer.data.status import read_status
+    from hpcinfer.data.ledger.status import read_status
 
     status = read_status(args.run)
     print(json.dumps(_plain(dataclasses.asdict(status))) if args.json else _text(status))

@@ -12,8 +12,8 @@ from typing import Any, BinaryIO
 
 from hpcinfer.data.generations import GenerationFile
 from hpcinfer.data.hdf5 import whole_file
-from hpcinfer.data.packed import BLOCK_ROWS
-from hpcinfer.data.reader import PromptsReader, open_prompts
+from hpcinfer.data.prompts.packed import BLOCK_ROWS
+from hpcinfer.data.prompts.reader import PromptsReader, open_prompts
 from hpcinfer.errors import DataError
 from hpcinfer.request import Generation
 

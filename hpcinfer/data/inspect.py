@@ -16,8 +16,8 @@ import numpy as np
 from hpcinfer.data.export import GENERATIONS_FILE, RUN_FILE, as_entry
 from hpcinfer.data.generations import GenerationFile
 from hpcinfer.data.hdf5 import READ_ERRORS, describe_shape, open_input
-from hpcinfer.data.prompt_row import PromptsReader
-from hpcinfer.data.reader import open_prompts
+from hpcinfer.data.prompts.prompt_row import PromptsReader
+from hpcinfer.data.prompts.reader import open_prompts
 from hpcinfer.errors import DataError
 from hpcinfer.units import format_bytes, format_count
 

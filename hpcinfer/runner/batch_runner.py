@@ -12,8 +12,8 @@ import torch
 from hpcinfer.comm.bootstrap import World
 from hpcinfer.comm.host import HostChannel
 from hpcinfer.config.job import JobConfig
-from hpcinfer.data.run_directory import RunDirectory, open_existing
-from hpcinfer.data.status import read_status
+from hpcinfer.data.ledger.run_directory import RunDirectory, open_existing
+from hpcinfer.data.ledger.status import read_status
 from hpcinfer.engine.build import ReplicaPlan, build_replica, plan_replica
 from hpcinfer.launch.env import LaunchEnvironment
 from hpcinfer.launch.host_memory import available_host_bytes

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from hpcinfer.data.ledger import Claim, Ledger, NoClaim
-from hpcinfer.data.prompt_row import PromptRow, PromptsReader, sampling_for
+from hpcinfer.data.ledger.claims import Claim, Ledger, NoClaim
+from hpcinfer.data.prompts.prompt_row import PromptRow, PromptsReader, sampling_for
 from hpcinfer.data.tokenize import Tokenizer
 from hpcinfer.engine.outcome import failed_generation
 from hpcinfer.errors import RowError

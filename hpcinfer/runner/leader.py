@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import sys
 import time
 
 from hpcinfer.config.job import JobConfig
-from hpcinfer.data.coverage import Coverage
-from hpcinfer.data.ledger import Ledger
-from hpcinfer.data.liveness import Liveness
-from hpcinfer.data.merge import claim_merge, merge_run
-from hpcinfer.data.prompt_row import PromptsReader
-from hpcinfer.data.run_directory import RunDirectory
-from hpcinfer.data.segments import SegmentPolicy, SegmentWriter, segment_limit
-from hpcinfer.data.writers import Writer, WriterIdentity, register_writer, writer_ids
+from hpcinfer.data.ledger.coverage import Coverage
+from hpcinfer.data.ledger.claims import Ledger
+from hpcinfer.data.ledger.liveness import Liveness
+from hpcinfer.data.ledger.merge import claim_merge, merge_run, remove_leftovers
+from hpcinfer.data.prompts.prompt_row import PromptsReader
+from hpcinfer.data.ledger.run_directory import RunDirectory
+from hpcinfer.data.ledger.segments import SegmentPolicy, SegmentWriter, segment_limit
+from hpcinfer.data.ledger.writers import Writer, WriterIdentity, register_writer, writer_ids
 from hpcinfer.engine.replica import Replica
 from hpcinfer.launch.env import LaunchEnvironment
 from hpcinfer.launch.signals import DrainFlag
@@ -118,6 +119,8 @@ def _merge_when_complete(run: RunDirectory, writer: Writer, coverage: Coverage, 
     while not run.is_complete(coverage.num_rows):
         if claim_merge(run, writer.id, liveness):
             merge_run(run, coverage.num_rows, progress=writer.step_finished, owner=writer.id)
+            with contextlib.suppress(OSError):
+                remove_leftovers(run, liveness)  # temporary files of writers that were killed
         else:
             writer.step_finished()
             time.sleep(_MERGE_POLL_S)

@@ -12,9 +12,9 @@ import hpcinfer
 from hpcinfer.config.job import JobConfig
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.config.parallel import check_layout
-from hpcinfer.data.identity import prefix_fingerprint
-from hpcinfer.data.reader import PromptsReader, open_prompts
-from hpcinfer.data.run_directory import RunIdentity, create_or_open
+from hpcinfer.data.prompts.identity import prefix_fingerprint
+from hpcinfer.data.prompts.reader import PromptsReader, open_prompts
+from hpcinfer.data.ledger.run_directory import RunIdentity, create_or_open
 from hpcinfer.data.tokenize import Tokenizer
 from hpcinfer.engine.build import ReplicaPlan
 from hpcinfer.engine.memory import context_limit

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import time
 
-from hpcinfer.data.run_directory import RunDirectory
-from hpcinfer.data.writers import read_heartbeat, writer_ids
+from hpcinfer.data.ledger.run_directory import RunDirectory
+from hpcinfer.data.ledger.writers import read_heartbeat, writer_ids
 from hpcinfer.observe.progress import ProgressBar, ProgressPoint
 from hpcinfer.runner.replica_loop import LoopFigures
 

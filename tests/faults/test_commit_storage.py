@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from tests.faults.shim.harness import NUM_ROWS, Replica, check_output, identity, stub_generation
-from hpcinfer.data.commit import TEMPORARY_PREFIX
-from hpcinfer.data.coverage import Coverage
-from hpcinfer.data.merge import merge_run
-from hpcinfer.data.run_directory import create_or_open
-from hpcinfer.data.segments import SegmentPolicy, SegmentWriter
+from hpcinfer.data.ledger.commit import TEMPORARY_PREFIX
+from hpcinfer.data.ledger.coverage import Coverage
+from hpcinfer.data.ledger.merge import merge_run
+from hpcinfer.data.ledger.run_directory import create_or_open
+from hpcinfer.data.ledger.segments import SegmentPolicy, SegmentWriter
 from hpcinfer.errors import ResumableError, RunDirectoryError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -90,7 +90,7 @@ def test_full_disk_in_the_merge(small_disk: Path) -> None:
     writer.flush()
     _fill(small_disk / "ballast", leave=40_000)
     code = (
-        "import sys\nfrom hpcinfer.data.merge import merge_run\nfrom hpcinfer.data.run_directory import open_existing\n"
+        "import sys\nfrom hpcinfer.data.ledger.merge import merge_run\nfrom hpcinfer.data.ledger.run_directory import open_existing\n"
         "from hpcinfer.errors import ResumableError\n"
         "try:\n    merge_run(open_existing(sys.argv[1]), 2000)\n"
         "except ResumableError as error:\n    print(error); sys.exit(3)\n"
@@ -157,8 +157,8 @@ def test_a_million_rows_in_flat_memory(tmp_path: Path) -> None:
 import resource, sys, time
 
 from tests.faults.shim.harness import Replica, stub_generation
-from hpcinfer.data.segments import SegmentPolicy
-from hpcinfer.data.ledger import Claim
+from hpcinfer.data.ledger.segments import SegmentPolicy
+from hpcinfer.data.ledger.claims import Claim
 n = 1_000_000
 replica = Replica(sys.argv[1], n, policy=SegmentPolicy(max_rows=4096))
 began = time.perf_counter()
@@ -167,7 +167,7 @@ while isinstance(claim := replica.ledger.next_claim(), Claim):
 replica.segments.close()
 wrote = time.perf_counter() - began
 began = time.perf_counter()
-from hpcinfer.data.merge import merge_run
+from hpcinfer.data.ledger.merge import merge_run
 result = merge_run(replica.run, n)
 merged = time.perf_counter() - began
 assert result.complete and result.num_duplicates == 0

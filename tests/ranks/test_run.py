@@ -14,7 +14,7 @@ import pytest
 
 import hpcinfer
 from hpcinfer.data.generations import GenerationFile
-from hpcinfer.data.prompts_writer import PromptsWriter
+from hpcinfer.data.prompts.prompts_writer import PromptsWriter
 from hpcinfer.errors import ConfigError
 from hpcinfer.request import Status
 from tests.conftest import ROOT

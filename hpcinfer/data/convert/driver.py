@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from hpcinfer.data import schema
+from hpcinfer.data.prompts import schema
 from hpcinfer.data.convert import foreign_hdf5, lines  # noqa: F401 - importing them registers them
 from hpcinfer.data.convert.base import Converter, ConvertOptions, Record, Reject, converter_for
 from hpcinfer.data.hdf5 import whole_file
-from hpcinfer.data.prompts_writer import PromptsWriter
+from hpcinfer.data.prompts.prompts_writer import PromptsWriter
 from hpcinfer.errors import DataError
 
 _ROWS_A_REPORT = 10_000

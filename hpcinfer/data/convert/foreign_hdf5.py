@@ -19,8 +19,8 @@ class Hdf5(Converter):
     def records(self, source: str) -> Iterator[Record | Reject]:
         """Yields a Record or a Reject a row."""
         # Here and not above: the text converters start without waiting for h5py's reader modules.
-        from hpcinfer.data import schema
-        from hpcinfer.data.reader import open_prompts
+        from hpcinfer.data.prompts import schema
+        from hpcinfer.data.prompts.reader import open_prompts
 
         with open_prompts(source, self.options.dataset or None) as reader:
             for row, id in zip(reader.rows(), reader.ids(), strict=True):

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from hpcinfer.data import schema
+from hpcinfer.data.prompts import schema
 from hpcinfer.data.convert.base import ALL, NONE, Converter, ConvertOptions, Record, Reject, bounded_lines, register
 from hpcinfer.errors import ConfigError, DataError, UsageError
 

@@ -27,14 +27,14 @@ from pathlib import Path
 
 import numpy as np
 
-from hpcinfer.data.coverage import BadSegments, Coverage, list_segments
+from hpcinfer.data.ledger.coverage import BadSegments, Coverage, list_segments
 from hpcinfer.data.generations import GenerationFile
-from hpcinfer.data.ledger import Claim, Ledger, NoClaim
-from hpcinfer.data.liveness import Liveness
-from hpcinfer.data.merge import claim_merge, merge_run, remove_leftovers
-from hpcinfer.data.run_directory import RunDirectory, RunIdentity, create_or_open
-from hpcinfer.data.segments import SegmentPolicy, SegmentWriter
-from hpcinfer.data.writers import WriterIdentity, register_writer
+from hpcinfer.data.ledger.claims import Claim, Ledger, NoClaim
+from hpcinfer.data.ledger.liveness import Liveness
+from hpcinfer.data.ledger.merge import claim_merge, merge_run, remove_leftovers
+from hpcinfer.data.ledger.run_directory import RunDirectory, RunIdentity, create_or_open
+from hpcinfer.data.ledger.segments import SegmentPolicy, SegmentWriter
+from hpcinfer.data.ledger.writers import WriterIdentity, register_writer
 from hpcinfer.errors import ResumableError
 from hpcinfer.request import FinishReason, Generation, Status
 

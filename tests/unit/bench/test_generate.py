@@ -37,7 +37,7 @@ def test_defaults_of_the_command_line_are_those_of_the_options():
     assert given == dataclasses.asdict(GenerateOptions())
 
 
-@pytest.mark.parametrize("settings", [["--workload", "W2"], ["--tp", "2"], ["--pp", "2", "--workload", "W3", "--dtype", "float32"]])
+@pytest.mark.parametrize("settings", [["--workload", "W2"], ["--tp", "2"], pytest.param(["--pp", "2", "--workload", "W3", "--dtype", "float32"], marks=pytest.mark.full)])
 def test_figures(settings):
     result = subprocess.run(
         [sys.executable, "-m", "hpcinfer", "bench", "generate", "--model", "small", *settings],

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from hpcinfer.data.convert.base import ConvertOptions
 from hpcinfer.data.convert.driver import convert
-from hpcinfer.data.reader import open_prompts, sampling_for
+from hpcinfer.data.prompts.reader import open_prompts, sampling_for
 from hpcinfer.errors import DataError, HpcinferError, UsageError
 from hpcinfer.request import SamplingParams
 

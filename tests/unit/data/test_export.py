@@ -11,7 +11,7 @@ import pytest
 
 from hpcinfer.data.export import ExportOptions, export_jsonl
 from hpcinfer.data.generations import encode_generations
-from hpcinfer.data.prompts_writer import PromptsWriter
+from hpcinfer.data.prompts.prompts_writer import PromptsWriter
 from hpcinfer.errors import DataError
 from hpcinfer.request import FinishReason, Generation, Status
 

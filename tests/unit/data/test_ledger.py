@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpcinfer.data import ledger as ledger_module
-from hpcinfer.data.coverage import Coverage
-from hpcinfer.data.ledger import Claim, Ledger, NoClaim
-from hpcinfer.data.liveness import Liveness, Verdict
-from hpcinfer.data.permutation import KeyedPermutation
-from hpcinfer.data.run_directory import RunDirectory, create_or_open
-from hpcinfer.data.segments import SegmentPolicy, SegmentWriter
-from hpcinfer.data.writers import Writer, WriterIdentity, register_writer
+from hpcinfer.data.ledger import claims as ledger_module
+from hpcinfer.data.ledger.coverage import Coverage
+from hpcinfer.data.ledger.claims import Claim, Ledger, NoClaim
+from hpcinfer.data.ledger.liveness import Liveness, Verdict
+from hpcinfer.data.ledger.permutation import KeyedPermutation
+from hpcinfer.data.ledger.run_directory import RunDirectory, create_or_open
+from hpcinfer.data.ledger.segments import SegmentPolicy, SegmentWriter
+from hpcinfer.data.ledger.writers import Writer, WriterIdentity, register_writer
 from tests.faults.shim.harness import identity, stub_generation
 
 NUM_ROWS = 640

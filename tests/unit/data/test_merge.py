@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from hpcinfer.data.coverage import BadSegments, list_segments, segment_name
-from hpcinfer.data.commit import commit_bytes
+from hpcinfer.data.ledger.coverage import BadSegments, list_segments, segment_name
+from hpcinfer.data.ledger.commit import commit_bytes
 from hpcinfer.data.generations import GenerationFile, encode_generations
-from hpcinfer.data.liveness import Liveness
-from hpcinfer.data.merge import IncompleteRunError, claim_merge, merge_run, remove_leftovers
-from hpcinfer.data.run_directory import RunDirectory, create_or_open
-from hpcinfer.data.writers import WriterIdentity, register_writer
+from hpcinfer.data.ledger.liveness import Liveness
+from hpcinfer.data.ledger.merge import IncompleteRunError, claim_merge, merge_run, remove_leftovers
+from hpcinfer.data.ledger.run_directory import RunDirectory, create_or_open
+from hpcinfer.data.ledger.writers import WriterIdentity, register_writer
 from hpcinfer.errors import DataError
 from hpcinfer.request import Generation, Status
 from tests.faults.shim.harness import check_output, identity, stub_generation

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcinfer.data.inspect import describe, render
-from hpcinfer.data.prompts_writer import PromptsWriter
-from hpcinfer.data.reader import identity_of, open_prompts, sampling_for
+from hpcinfer.data.prompts.prompts_writer import PromptsWriter
+from hpcinfer.data.prompts.reader import identity_of, open_prompts, sampling_for
 from hpcinfer.errors import HpcinferError
 from hpcinfer.request import SamplingParams
 
@@ -92,8 +92,8 @@ def test_flipped_bytes_and_cuts(tmp_path_factory, layout, flips, cut):
 _SPEED = """
 import json, sys, time
 import h5py
-from hpcinfer.data.prompts_writer import PromptsWriter
-from hpcinfer.data.reader import open_prompts
+from hpcinfer.data.prompts.prompts_writer import PromptsWriter
+from hpcinfer.data.prompts.reader import open_prompts
 def peak_mib():
     # Not getrusage: its peak is inherited from the process that started this one.
     with open("/proc/self/status") as status:

@@ -6,9 +6,9 @@ import h5py
 import numpy as np
 import pytest
 
-from hpcinfer.data import foreign, packed
-from hpcinfer.data.prompts_writer import PromptsWriter
-from hpcinfer.data.reader import check_identity, input_identity, open_prompts, prefix_fingerprint, sampling_for
+from hpcinfer.data.prompts import foreign, packed
+from hpcinfer.data.prompts.prompts_writer import PromptsWriter
+from hpcinfer.data.prompts.reader import check_identity, input_identity, open_prompts, prefix_fingerprint, sampling_for
 from hpcinfer.errors import DataError, HpcinferError, RowError, RunDirectoryError
 from hpcinfer.request import SamplingParams
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcinfer.data.run_directory import RunIdentity, claim_size_for, create_or_open, open_existing
+from hpcinfer.data.ledger.run_directory import RunIdentity, claim_size_for, create_or_open, open_existing
 from hpcinfer.errors import RunDirectoryError
 
 IDENTITY = RunIdentity(

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpcinfer.data import packed, schema
-from hpcinfer.data.prompts_writer import MAX_META_COLUMNS, PromptsWriter
-from hpcinfer.data.reader import open_prompts, prefix_fingerprint, sampling_for
+from hpcinfer.data.prompts import packed, schema
+from hpcinfer.data.prompts.prompts_writer import MAX_META_COLUMNS, PromptsWriter
+from hpcinfer.data.prompts.reader import open_prompts, prefix_fingerprint, sampling_for
 from hpcinfer.errors import ConfigError, DataError
 from hpcinfer.request import SamplingParams
 

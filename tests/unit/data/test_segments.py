@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from hpcinfer.data import segments as segments_module
-from hpcinfer.data.commit import claim_name, commit_bytes, create_exclusive, is_transient, read_owner
-from hpcinfer.data.coverage import BadSegments, Coverage, list_segments
+from hpcinfer.data.ledger import segments as segments_module
+from hpcinfer.data.ledger.commit import claim_name, commit_bytes, create_exclusive, is_transient, read_owner
+from hpcinfer.data.ledger.coverage import BadSegments, Coverage, list_segments
 from hpcinfer.data.generations import GenerationFile
-from hpcinfer.data.run_directory import RunDirectory, create_or_open
-from hpcinfer.data.segments import SegmentPolicy, SegmentWriter, segment_limit
+from hpcinfer.data.ledger.run_directory import RunDirectory, create_or_open
+from hpcinfer.data.ledger.segments import SegmentPolicy, SegmentWriter, segment_limit
 from hpcinfer.errors import ResumableError, RunDirectoryError
 from hpcinfer.request import Status
 from tests.faults.shim.harness import identity, stub_generation

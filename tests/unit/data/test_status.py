@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from hpcinfer.data.liveness import Verdict
-from hpcinfer.data.run_directory import create_or_open
-from hpcinfer.data.segments import SegmentPolicy
-from hpcinfer.data.status import read_status
-from hpcinfer.data.writers import WriterIdentity, register_writer
+from hpcinfer.data.ledger.liveness import Verdict
+from hpcinfer.data.ledger.run_directory import create_or_open
+from hpcinfer.data.ledger.segments import SegmentPolicy
+from hpcinfer.data.ledger.status import read_status
+from hpcinfer.data.ledger.writers import WriterIdentity, register_writer
 from hpcinfer.errors import RunDirectoryError
 from tests.faults.shim.harness import Replica, identity, stub_generation
 

@@ -81,7 +81,7 @@ LIGHT = {
 @pytest.mark.parametrize("name", LIGHT)
 def test_verbs_without_a_model_never_import_torch(name, tmp_path):
     """Heavy modules are made to fail; the verb must not notice."""
-    from hpcinfer.data.run_directory import RunIdentity, create_or_open
+    from hpcinfer.data.ledger.run_directory import RunIdentity, create_or_open
 
     (tmp_path / "source.txt").write_text("one\ntwo\n")
     create_or_open(tmp_path / "run", RunIdentity(input_fingerprint="x", num_rows=3, model={}, sampling={}))

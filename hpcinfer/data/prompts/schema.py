@@ -21,7 +21,7 @@ PROMPTS_GROUP = "prompts"
 DATA = "data"
 OFFSETS = "offsets"
 DIGESTS = "prompts/digests"
-"""u1 [n_rows // 1024, 32]: the chain of data/fingerprint.py."""
+"""u1 [n_rows // 1024, 32]: the chain of data/prompts/fingerprint.py."""
 ID = "id"
 META = "meta"
 

@@ -10,11 +10,11 @@ from typing import Any
 import h5py
 import numpy as np
 
-from hpcinfer.data import schema
-from hpcinfer.data.fingerprint import DIGEST_BYTES, FingerprintChain
+from hpcinfer.data.prompts import schema
+from hpcinfer.data.prompts.fingerprint import DIGEST_BYTES, FingerprintChain
 from hpcinfer.data.hdf5 import CHUNK_BYTES, LIBVER, whole_file
 from hpcinfer.data.hdf5_output import OutputFile
-from hpcinfer.data.packed import ColumnWriter, PackedWriter
+from hpcinfer.data.prompts.packed import ColumnWriter, PackedWriter
 from hpcinfer.errors import ConfigError, DataError
 
 MAX_META_COLUMNS = 256
@@ -56,7 +56,7 @@ class _NumberColumn:
 class PromptsWriter:
     """Streams prompts into a new file. Use as a context manager: leaving it well commits, an exception leaves nothing.
 
-    The fingerprint is computed while writing and stored (see data/fingerprint.py for what is hashed).
+    The fingerprint is computed while writing and stored (see data/prompts/fingerprint.py for what is hashed).
 
     Args:
         path: the file to appear; an existing one is replaced at the end, in one step.

@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hpcinfer.data.commit import commit_bytes, fsync_folder, is_transient, remove_quietly
-from hpcinfer.data.coverage import segment_name
+from hpcinfer.data.ledger.commit import commit_bytes, fsync_folder, is_transient, remove_quietly
+from hpcinfer.data.ledger.coverage import segment_name
 from hpcinfer.data.generation_table import GenerationTable
 from hpcinfer.data.generations import GenerationFile, encode_table
-from hpcinfer.data.run_directory import RunDirectory, unusable
+from hpcinfer.data.ledger.run_directory import RunDirectory, unusable
 from hpcinfer.errors import DataError, ResumableError
 from hpcinfer.request import Generation, Status
 from hpcinfer.units import format_bytes

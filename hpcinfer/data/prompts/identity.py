@@ -1,6 +1,6 @@
 """Recognising an input quickly: the run directory stores an identity, and whoever joins the run compares.
 
-The whole content is hashed once, when a file of ours is written (data/fingerprint.py). A joiner cannot read hundreds of
+The whole content is hashed once, when a file of ours is written (data/prompts/fingerprint.py). A joiner cannot read hundreds of
 gigabytes again, so it looks at the number of rows, the stored fingerprint, the offsets and a sample of the rows. All of
 it is computed for the first n rows alone, which is how an input that grew at its end is told from another input.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hpcinfer.data.prompt_row import PromptsReader
+from hpcinfer.data.prompts.prompt_row import PromptsReader
 from hpcinfer.errors import DataError, RunDirectoryError
 
 _SAMPLED_PLACES = 64

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from hpcinfer.data.prompt_row import PromptRow, PromptsReader
+from hpcinfer.data.prompts.prompt_row import PromptRow, PromptsReader
 from hpcinfer.errors import DataError
 
 _MOST_OPEN = 8

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from hpcinfer.data.commit import create_new
+from hpcinfer.data.ledger.commit import create_new
 from hpcinfer.data.generation_table import GenerationTable
 from hpcinfer.data.generations import GenerationFile
-from hpcinfer.data.run_directory import RunDirectory
+from hpcinfer.data.ledger.run_directory import RunDirectory
 from hpcinfer.errors import DataError
 from hpcinfer.request import Status
 

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from hpcinfer.data.run_directory import RunDirectory
-from hpcinfer.data.writers import (
+from hpcinfer.data.ledger.run_directory import RunDirectory
+from hpcinfer.data.ledger.writers import (
     WriterIdentity,
     boot_id,
     is_identity_file,

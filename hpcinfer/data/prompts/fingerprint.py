@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from hpcinfer.data.schema import encode_json
+from hpcinfer.data.prompts.schema import encode_json
 
 BLOCK_ROWS = 1024
 DIGEST_BYTES = 32

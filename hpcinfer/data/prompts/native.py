@@ -10,12 +10,12 @@ from typing import Any
 import h5py
 import numpy as np
 
-from hpcinfer.data import schema
-from hpcinfer.data.fingerprint import BLOCK_ROWS as CHAIN_ROWS
-from hpcinfer.data.fingerprint import DIGEST_BYTES, FingerprintChain
+from hpcinfer.data.prompts import schema
+from hpcinfer.data.prompts.fingerprint import BLOCK_ROWS as CHAIN_ROWS
+from hpcinfer.data.prompts.fingerprint import DIGEST_BYTES, FingerprintChain
 from hpcinfer.data.hdf5 import READ_ERRORS, describe_shape, missing_dataset, read_around_damage
-from hpcinfer.data.packed import BLOCK_ROWS, PackedBlock, PackedColumn
-from hpcinfer.data.prompt_row import NO_OVERRIDES, PromptRow, PromptsReader, text_row, token_row
+from hpcinfer.data.prompts.packed import BLOCK_ROWS, PackedBlock, PackedColumn
+from hpcinfer.data.prompts.prompt_row import NO_OVERRIDES, PromptRow, PromptsReader, text_row, token_row
 from hpcinfer.errors import ConfigError, DataError
 
 _SAMPLED_OFFSET_BLOCKS = 128

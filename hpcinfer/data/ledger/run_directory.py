@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hpcinfer.data.commit import create_exclusive, is_transient, replace_bytes
+from hpcinfer.data.ledger.commit import create_exclusive, is_transient, replace_bytes
 from hpcinfer.errors import ResumableError, RunDirectoryError
 
 FORMAT = "hpcinfer-run"

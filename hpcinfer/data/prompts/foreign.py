@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import h5py
 import numpy as np
 
-from hpcinfer.data import schema
+from hpcinfer.data.prompts import schema
 from hpcinfer.data.hdf5 import READ_ERRORS, describe_shape, read_around_damage, read_error
-from hpcinfer.data.packed import BLOCK_BYTES, BLOCK_ROWS, MAX_ROW_BYTES
-from hpcinfer.data.prompt_row import PromptRow, PromptsReader, text_row, token_row
+from hpcinfer.data.prompts.packed import BLOCK_BYTES, BLOCK_ROWS, MAX_ROW_BYTES
+from hpcinfer.data.prompts.prompt_row import PromptRow, PromptsReader, text_row, token_row
 from hpcinfer.errors import DataError
 
 INPUT_IDS = "input_ids"

@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 
 from hpcinfer.data import generations as format_v1
-from hpcinfer.data.commit import (
+from hpcinfer.data.ledger.commit import (
     TEMPORARY_PREFIX,
     claim_name,
     fsync_folder,
@@ -26,13 +26,13 @@ from hpcinfer.data.commit import (
     remove_quietly,
     temporary_path,
 )
-from hpcinfer.data.coverage import BadSegments, Coverage, list_segments
+from hpcinfer.data.ledger.coverage import BadSegments, Coverage, list_segments
 from hpcinfer.data.generation_table import RAGGED_COLUMNS, GenerationTable
 from hpcinfer.data.generations import GenerationFile
-from hpcinfer.data.liveness import Liveness, Verdict
-from hpcinfer.data.merged_file import MergedColumns, Sink
-from hpcinfer.data.run_directory import RunDirectory, storage_errors, unusable
-from hpcinfer.data.writers import identity_path, writer_ids
+from hpcinfer.data.ledger.liveness import Liveness, Verdict
+from hpcinfer.data.ledger.merged_file import MergedColumns, Sink
+from hpcinfer.data.ledger.run_directory import RunDirectory, storage_errors, unusable
+from hpcinfer.data.ledger.writers import identity_path, writer_ids
 from hpcinfer.errors import DataError, ResumableError
 from hpcinfer.request import Status
 

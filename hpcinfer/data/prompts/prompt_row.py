@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpcinfer.data import schema
+from hpcinfer.data.prompts import schema
 from hpcinfer.errors import ConfigError, DataError, RowError
 from hpcinfer.request import SamplingParams
 

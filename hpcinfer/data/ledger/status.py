@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from hpcinfer.data.coverage import Coverage, list_segments
-from hpcinfer.data.liveness import STALE_AFTER_S, Verdict, is_gone_from_this_machine
-from hpcinfer.data.run_directory import RunDirectory, open_existing, unusable
-from hpcinfer.data.writers import WriterIdentity, read_heartbeat, read_identity, writer_ids
+from hpcinfer.data.ledger.coverage import Coverage, list_segments
+from hpcinfer.data.ledger.liveness import STALE_AFTER_S, Verdict, is_gone_from_this_machine
+from hpcinfer.data.ledger.run_directory import RunDirectory, open_existing, unusable
+from hpcinfer.data.ledger.writers import WriterIdentity, read_heartbeat, read_identity, writer_ids
 
 EXACT_SEGMENTS = 500
 

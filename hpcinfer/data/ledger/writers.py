@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hpcinfer.data.commit import create_new, is_transient, replace_bytes, write_all
-from hpcinfer.data.run_directory import RunDirectory, unusable
+from hpcinfer.data.ledger.commit import create_new, is_transient, replace_bytes, write_all
+from hpcinfer.data.ledger.run_directory import RunDirectory, unusable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

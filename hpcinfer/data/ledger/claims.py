@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from hpcinfer.data.commit import claim_name, is_transient, read_owner
-from hpcinfer.data.coverage import Coverage, list_segments
-from hpcinfer.data.liveness import Liveness, Verdict
-from hpcinfer.data.permutation import KeyedPermutation
-from hpcinfer.data.run_directory import RunDirectory, storage_errors, unusable
-from hpcinfer.data.writers import identity_path
+from hpcinfer.data.ledger.commit import claim_name, is_transient, read_owner
+from hpcinfer.data.ledger.coverage import Coverage, list_segments
+from hpcinfer.data.ledger.liveness import Liveness, Verdict
+from hpcinfer.data.ledger.permutation import KeyedPermutation
+from hpcinfer.data.ledger.run_directory import RunDirectory, storage_errors, unusable
+from hpcinfer.data.ledger.writers import identity_path
 
 _SCAN_SHARE = 0.05
 _LONGEST_SCAN_PAUSE_S = 10.0

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import h5py
 
-from hpcinfer.data import schema
-from hpcinfer.data.foreign import (
+from hpcinfer.data.prompts import schema
+from hpcinfer.data.prompts.foreign import (
     ATTENTION_MASK,
     INPUT_IDS,
     OneDatasetARowReader,
@@ -21,10 +21,10 @@ from hpcinfer.data.foreign import (
     natural_order,
 )
 from hpcinfer.data.hdf5 import READ_ERRORS, missing_dataset, open_input
-from hpcinfer.data.identity import check_identity, identity_of, prefix_fingerprint
-from hpcinfer.data.native import PackedReader
-from hpcinfer.data.prompt_row import PromptRow, PromptsReader, sampling_for
-from hpcinfer.data.shards import ShardedReader
+from hpcinfer.data.prompts.identity import check_identity, identity_of, prefix_fingerprint
+from hpcinfer.data.prompts.native import PackedReader
+from hpcinfer.data.prompts.prompt_row import PromptRow, PromptsReader, sampling_for
+from hpcinfer.data.prompts.shards import ShardedReader
 from hpcinfer.errors import DataError
 
 __all__ = [

@@ -1,0 +1,1 @@
+"""Prompts: every layout of input files, and the format of our own."""
