@@ -40,9 +40,9 @@ class SamplingParams:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_token_ids", tuple(int(i) for i in self.stop_token_ids))
         rules = (
-            (self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1"),
+            (1 <= self.max_tokens < 2**31, "max_tokens", self.max_tokens, "at least 1, below 2**31"),
             (0.0 <= self.temperature < float("inf"), "temperature", self.temperature, "0 or more"),
-            (self.top_k >= 0, "top_k", self.top_k, "0 (off) or more"),
+            (0 <= self.top_k < 2**31, "top_k", self.top_k, "0 (off) or more, below 2**31"),
             (0.0 < self.top_p <= 1.0, "top_p", self.top_p, "above 0 and at most 1"),
             (0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "from 0 to 1"),
             (1 <= self.n <= 65535, "n", self.n, "from 1 to 65535"),

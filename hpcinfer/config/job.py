@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 import re
 
 from hpcinfer.config.parallel import ParallelConfig
@@ -37,6 +39,15 @@ class DataSection:
     """The run directory. generations.h5 appears in it; running again with the same one resumes."""
     dataset: str = ""
     """Name of the dataset with the prompts, for foreign HDF5 layouts. Default "": found by itself."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "output"):
+            if not getattr(self, name):
+                raise ConfigError(f"data.{name} is empty", fix="give a path")
+        if os.path.abspath(self.output) == os.path.abspath(self.prompts):
+            raise ConfigError(
+                "data.output is the folder of the prompts", found=self.output, fix="give the run directory a path of its own"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +91,7 @@ class CommSection:
     """One transfer at a time on each communicator, synchronous sends: slower, shows ordering mistakes. For tests."""
 
     def __post_init__(self) -> None:
-        if self.deadline_s <= 0:
+        if not self.deadline_s > 0:
             raise ConfigError(f"comm.deadline_s = {self.deadline_s}", fix="give seconds above 0")
 
 
@@ -105,9 +116,9 @@ class RunSection:
 
     def __post_init__(self) -> None:
         for name in ("segment_rows", "segment_s", "heartbeat_s", "stale_s", "retry_s"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"run.{name} = {getattr(self, name)}", fix="give more than 0")
-        if self.linger_s < 0:
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"run.{name} = {getattr(self, name)}", fix="give a number above 0")
+        if not self.linger_s >= 0:
             raise ConfigError(f"run.linger_s = {self.linger_s}", fix="give 0 or more")
         if not re.fullmatch(r"\d+|\d+(\.\d+)?%", self.max_failed):
             raise ConfigError(f"run.max_failed = {self.max_failed!r}", fix='give a count such as "20" or a share such as "1%"')

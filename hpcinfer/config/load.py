@@ -23,8 +23,8 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
         UsageError: an override is not of the form section.key=value.
     """
     try:
-        with open(path, "rb") as file:
-            tables = tomllib.load(file)
+        with open(path, encoding="utf-8-sig") as file:
+            tables = tomllib.loads(file.read())
     except OSError as error:
         raise ConfigError(f"cannot read the job file {path}", found=str(error), fix="give the path of a TOML file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

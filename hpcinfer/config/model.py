@@ -236,6 +236,12 @@ def _family(raw: Mapping[str, Any], source: str) -> str:
     )
 
 
+_DEFAULT_CONTEXT = {
+    "LlamaForCausalLM": 2048, "MistralForCausalLM": 131072, "Qwen2ForCausalLM": 32768, "Qwen3ForCausalLM": 32768,
+}
+_DEFAULT_KV_HEADS = {"MistralForCausalLM": 8, "Qwen2ForCausalLM": 32, "Qwen3ForCausalLM": 32}
+
+
 def _read_decoder(family: str, raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
     """The Llama family. Defaults for missing keys are those of the transformers config class of the family."""
     num_heads = raw["num_attention_heads"]
@@ -249,11 +255,11 @@ def _read_decoder(family: str, raw: Mapping[str, Any], generation: Mapping[str, 
         intermediate_size=raw["intermediate_size"],
         num_layers=raw["num_hidden_layers"],
         num_heads=num_heads,
-        num_kv_heads=raw.get("num_key_value_heads") or num_heads,
+        num_kv_heads=raw.get("num_key_value_heads", _DEFAULT_KV_HEADS.get(family)) or num_heads,
         head_dim=raw.get("head_dim") or default_head_dim,
         rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
         rope=_read_rope(raw),
-        max_position_embeddings=raw.get("max_position_embeddings", 2048),
+        max_position_embeddings=raw.get("max_position_embeddings", _DEFAULT_CONTEXT[family]),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         # Which projections have biases is fixed in the code of Mistral and Qwen2 and a setting in Llama and Qwen3.
         qkv_bias={"MistralForCausalLM": False, "Qwen2ForCausalLM": True}.get(family, attention_bias),
@@ -271,12 +277,13 @@ def _read_decoder(family: str, raw: Mapping[str, Any], generation: Mapping[str, 
 
 def _read_windows(family: str, raw: Mapping[str, Any]) -> tuple[int | None, ...]:
     """One window a layer, by the rules of the transformers config classes."""
-    num_layers, window = raw["num_hidden_layers"], raw.get("sliding_window")
-    if family == "MistralForCausalLM":
-        return (window,) * num_layers
-    if not family.startswith("Qwen") or not raw.get("use_sliding_window", False) or window is None:
-        return (None,) * num_layers
+    num_layers, window = raw["num_hidden_layers"], raw.get("sliding_window", 4096)
     types = raw.get("layer_types")
+    is_mistral = family == "MistralForCausalLM"
+    if window is None or not (is_mistral or (family.startswith("Qwen") and raw.get("use_sliding_window", False))):
+        return (None,) * num_layers
+    if types is None and is_mistral:
+        return (window,) * num_layers
     if types is None:
         first = raw.get("max_window_layers", 28)
         return tuple(window if i >= first else None for i in range(num_layers))
@@ -288,7 +295,8 @@ def _read_windows(family: str, raw: Mapping[str, Any]) -> tuple[int | None, ...]
 
 def _read_rope(raw: Mapping[str, Any]) -> RopeConfig:
     """transformers 5 writes `rope_parameters`; older folders have `rope_theta` beside `rope_scaling`."""
-    values = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    # A folder that has both was given scaling by hand: transformers then takes that alone.
+    values = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     if any(isinstance(value, Mapping) for value in values.values()):
         raise CheckpointError("rope parameters that differ by layer type are not supported", found=", ".join(values))
     kind = values.get("rope_type") or values.get("type") or "default"

@@ -19,6 +19,8 @@ from hpcinfer.errors import ExitCode, HpcinferError
 from hpcinfer.launch.env import LaunchEnvironment
 
 ABORT_TIMEOUT_S = 2
+FORWARD_S = 0.3
+"""A launcher that is told to abort may drop what it has not forwarded yet: the report needs this long to get through."""
 INIT_TIMEOUT_S = 30
 """Before MPI is up the others may still be importing; a rank that has not met them by then kills itself instead."""
 AGREED_TIMEOUT_S = 10
@@ -100,6 +102,7 @@ def end_all(place: Place, code: int) -> None:
     if place.abort is None and place.size == 1:
         return
     _kill_after(ABORT_TIMEOUT_S if place.abort else INIT_TIMEOUT_S)
+    time.sleep(FORWARD_S)
     (place.abort or _abort_before_start)(code)
     # Open MPI's abort may return before the launcher has acted.
     time.sleep(ABORT_TIMEOUT_S)

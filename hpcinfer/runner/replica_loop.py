@@ -158,8 +158,9 @@ class ReplicaLoop:
             if generation.status is Status.PARTIAL:
                 continue
             self.figures.rows += 1
-            self.figures.prompt_tokens += generation.num_prompt_tokens
-            if generation.status is Status.FAILED:
+            if generation.status is Status.OK:
+                self.figures.prompt_tokens += generation.num_prompt_tokens
+            else:
                 self.figures.failed += 1
                 self.figures.failures[_reason(generation.error)] += 1
         self._segments.add(generations)
@@ -194,4 +195,4 @@ def check_failures(failed: int, allowed: int, failures: collections.Counter) -> 
 
 def _reason(error: str) -> str:
     """The kind of an error: its numbers taken out, so that equal kinds are counted together."""
-    return re.sub(r"\d+", "#", error)
+    return re.sub(r"(?<![-\w])\d+", "#", error)

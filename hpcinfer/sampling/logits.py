@@ -27,7 +27,9 @@ def probabilities(
     Returns:
         float64 [S, V].
     """
-    scaled = logits.double() / temperature[:, None]
+    # Relative to the best logit, so that the smallest temperature divides 0 and never makes infinity of it.
+    relative = logits.double()
+    scaled = (relative - relative.amax(dim=-1, keepdim=True)) / temperature[:, None]
     if bool((top_k > 0).any()):
         scaled = _keep_top_k(scaled, top_k)
     probs = torch.softmax(scaled, dim=-1)

@@ -117,12 +117,17 @@ def _reader_of(file: h5py.File, name: str | None) -> PromptsReader:
         raise missing_dataset(file, schema.PROMPTS_GROUP, f"{file.filename} is {file.attrs['format']}, not prompts")
     candidates = _candidates(file)
     if len(candidates) == 1:
-        return _layout_of(file, file[candidates[0]])
+        reader = _layout_of(file, file[candidates[0]])
+        if reader is None:
+            raise missing_dataset(
+                file, candidates[0], f"{candidates[0]!r} of {file.filename} has the name of prompts, but not their dtype"
+            )
+        return reader
     if candidates:
         raise DataError(
             f"{file.filename} has {len(candidates)} datasets that may be the prompts",
             found=", ".join(candidates[:20]),
-            fix=f"say which one, as in dataset = {candidates[0]!r}",
+            fix=f"say which one with data.dataset, or --dataset: {candidates[0]!r}, for example",
         )
     raise missing_dataset(file, "", f"{file.filename} holds nothing that looks like prompts")
 

@@ -42,6 +42,12 @@ def test_overrides_reach_any_key(tmp_path):
         (["model.dtype=int8"], "float32, bfloat16, float16, auto"),
         (["engine.kv_memory=lots"], "not a size"),
         (["run.max_failed=some"], "a share"),
+        (["run.segment_s=nan"], "above 0"),
+        (["run.linger_s=nan"], "0 or more"),
+        (["comm.deadline_s=nan"], "above 0"),
+        (["data.output=''"], "is empty"),
+        (["data.output=p"], "a path of its own"),
+        (["sampling.top_k=99999999999999999999999"], "below 2**31"),
         (["parallel.pp=2", "parallel.layer_split=[4]"], "2 numbers"),
     ],
 )
@@ -68,6 +74,12 @@ def test_missing_keys_and_files_are_named(tmp_path):
     (tmp_path / "bad.toml").write_bytes(b"[model\n\xff")
     with pytest.raises(ConfigError, match="not valid TOML"):
         load_job(tmp_path / "bad.toml")
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path):
+    path = tmp_path / "job.toml"
+    path.write_bytes(b'\xef\xbb\xbf[model]\npath = "m"\n[data]\nprompts = "p"\noutput = "o"\n')
+    assert load_job(path).model.path == "m"
 
 
 def test_allowed_failures():

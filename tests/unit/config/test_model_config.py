@@ -140,3 +140,37 @@ def test_no_torch():
     modules = "hpcinfer.config.model, hpcinfer.models.footprint, hpcinfer.kvcache.layout"
     code = f"import sys, {modules}; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("family", "values"),
+    [
+        ("Mistral", {}), ("Mistral", {"sliding_window": None}), ("Mistral", {"sliding_window": 4, "layer_types": ["full_attention"] * 3}),
+        ("Qwen2", {"use_sliding_window": True, "max_window_layers": 1}), ("Qwen2", {}), ("Qwen3", {}), ("Llama", {}),
+    ],
+)
+def test_missing_keys_mean_what_they_mean_to_transformers(family, values):
+    import transformers
+
+    raw = {
+        "architectures": [f"{family}ForCausalLM"], "vocab_size": 10, "hidden_size": 64, "intermediate_size": 8,
+        "num_hidden_layers": 3, "num_attention_heads": 32, **values,
+    }
+    config = ModelConfig.from_dict(raw)
+    wanted = getattr(transformers, f"{family}Config")(**raw)
+    assert config.max_position_embeddings == wanted.max_position_embeddings
+    assert config.num_kv_heads == wanted.num_key_value_heads
+    types = getattr(wanted, "layer_types", None)
+    window = getattr(wanted, "sliding_window", None)
+    expected = [window if not types or kind == "sliding_attention" else None for kind in types or [""] * 3]
+    assert list(config.sliding_window) == expected
+
+
+def test_scaling_added_beside_rope_parameters_counts_alone():
+    raw = {
+        "architectures": ["LlamaForCausalLM"], "vocab_size": 10, "hidden_size": 64, "intermediate_size": 8,
+        "num_hidden_layers": 1, "num_attention_heads": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+    }
+    config = ModelConfig.from_dict(raw)
+    assert (config.rope.type, config.rope.factor, config.rope.theta) == ("linear", 4.0, 10000.0)

@@ -410,3 +410,10 @@ def test_identity_of_foreign_layouts_and_shards(tmp_path):
     (tmp_path / "data-0.h5").unlink()
     with open_prompts(tmp_path) as reader, pytest.raises(RunDirectoryError):
         check_identity(stored, reader)
+
+
+def test_a_candidate_of_the_wrong_dtype_is_said(tmp_path):
+    with h5py.File(tmp_path / "float.h5", "w") as file:
+        file["input_ids"] = np.ones((3, 4), np.float32)
+    with pytest.raises(DataError, match="not their dtype"):
+        open_prompts(tmp_path / "float.h5")

@@ -64,6 +64,13 @@ def test_draws_follow_the_distribution():
     torch.testing.assert_close(share.double(), expected, rtol=0, atol=0.015)  # 4 standard deviations of the largest
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-150, 1e-310, 5e-324])
+def test_the_smallest_temperature_is_greedy(temperature):
+    logits = torch.randn(50, 97, generator=torch.Generator().manual_seed(4)) * 5
+    tokens = sample(logits, SamplingBatch.of((request(row, temperature=temperature), 3) for row in range(50)))
+    assert tokens.tolist() == logits.argmax(dim=-1).tolist()
+
+
 def test_a_uniform_at_either_end_draws_a_token_that_has_probability():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]] * 2)
     batch = SamplingBatch(
