@@ -97,7 +97,7 @@ def test_too_many_failed_rows_end_the_run_with_1(allowed, code, tmp_path):
     assert result.returncode == code, result.stderr
     if code:
         assert "run.max_failed" in result.stderr and "Traceback" not in result.stderr
-        again = run(tmp_path / "run", f"data.prompts={path}", "parallel.tp=1", "run.max_failed=100%")
+        again = run(tmp_path / "run", f"data.prompts={path}", "parallel.tp=1", options=("--max-failed", "100%"))
         assert again.returncode == 0, again.stderr
 
 
