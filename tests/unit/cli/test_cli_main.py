@@ -191,6 +191,8 @@ def test_ctrl_c_stops_a_conversion_and_leaves_nothing(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "hpcinfer", "convert", "in.jsonl", "p.h5"], cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
+        # Started in the background of a shell, a test run ignores SIGINT, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     with process, open(tmp_path / "in.jsonl", "w") as source:  # opens once the conversion has opened its end
         source.write('{"prompt": "a"}\n')
