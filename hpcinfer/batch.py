@@ -1,6 +1,10 @@
-"""What one tick computes, as plain host data: made by the scheduler, turned into tensors by the engine.
+"""What one tick computes, as plain host data: made by the scheduler, turned into tensors by the models.
 
-Shape letters: N sequences in the microbatch, T tokens in it, B blocks in the longest block table.
+A tick computes one `Step`: one microbatch, or two whose segments interleave (two-batch overlap). With several lanes
+(sequence parallelism) each lane has microbatches of its own in the step, some of them perhaps without tokens.
+
+Shape letters: N entries in the microbatch, T tokens in it, B blocks in the longest block table, X shared tokens of all
+lanes together.
 """
 
 from __future__ import annotations
@@ -12,14 +16,18 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
-    """Some sequences, each with the next of its tokens to compute.
+    """Entries, each a run of consecutive tokens of one sequence, to be computed by the ranks of one lane.
 
-    The tokens of a sequence are contiguous; a decode is a sequence with one token, a prefill chunk has more. A sequence
-    may appear once only.
+    A decode is an entry with one token, a prefill chunk has more. A sequence has one entry, except where its tokens are
+    spread over lanes: then a lane may have several runs of it.
     """
 
     tick: int
-    """The scheduler step that made it; ticks are executed in this order on every stage."""
+    """The tick that computes it; ticks are executed in this order on every stage."""
+    part: int = 0
+    """0 or 1: which microbatch of its step."""
+    is_prefill: bool = True
+    """False where no lane computes anything but decodes in this part of the step."""
     sequence_ids: tuple[int, ...]
     """N numbers that the scheduler gave to its sequences."""
     token_ids: np.ndarray
@@ -27,11 +35,24 @@ class MicroBatch:
     query_lens: np.ndarray
     """int32 [N]: tokens to compute for each sequence; they add up to T."""
     context_lens: np.ndarray
-    """int32 [N]: tokens of each sequence whose keys and values are in its pages already."""
+    """int32 [N]: tokens of the sequence before the entry: position of its first token. Their keys and values are in the
+    pages when attention reads them."""
     block_tables: np.ndarray
     """int32 [N, B]: the pages of each sequence in order; unused entries are 0."""
     samples: np.ndarray
-    """bool [N]: True where the chunk reaches the end of the known tokens, so that a new token is drawn."""
+    """bool [N]: True where the entry reaches the end of the known tokens, so that a new token is drawn."""
+    lane_tokens: tuple[int, ...] = ()
+    """T of this part in every lane, which all ranks know: collectives over lanes are padded to the largest. Default: one
+    lane."""
+    shared_lens: tuple[int, ...] = ()
+    """Of every lane the number of its first tokens whose keys and values all lanes need (sequence parallelism). Empty
+    where nothing is shared."""
+    shared_slots: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
+    """int64 [X]: slot (block * block size + offset) in this lane's pages of every lane's shared tokens, lane 0's first."""
+
+    def __post_init__(self) -> None:
+        if not self.lane_tokens:
+            object.__setattr__(self, "lane_tokens", (self.num_tokens,))
 
     @property
     def num_tokens(self) -> int:
@@ -39,7 +60,7 @@ class MicroBatch:
         return len(self.token_ids)
 
     @property
-    def num_sequences(self) -> int:
+    def num_entries(self) -> int:
         """N."""
         return len(self.sequence_ids)
 
@@ -52,3 +73,19 @@ class MicroBatch:
     def num_prefill_tokens(self) -> int:
         """Tokens of the sequences that are not decodes."""
         return int(self.query_lens[~self.is_decode].sum())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """What one tick computes on the ranks of one lane, and what it draws on all of them."""
+
+    tick: int
+    parts: tuple[MicroBatch, ...]
+    """One microbatch, or two that interleave; the same number on every lane."""
+    drawing: tuple[tuple[int, ...], ...]
+    """For every lane, the sequences for which its sampler draws a token, in the order of its logits."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of this lane."""
+        return sum(part.num_tokens for part in self.parts)

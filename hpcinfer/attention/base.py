@@ -3,7 +3,7 @@
 Shape letters: T tokens in the microbatch, N query heads and K key/value heads of this rank, H head dim.
 
 In each layer the keys and values of the whole microbatch are written into the pages first (`write`), then attention
-reads what it needs (`forward`): a query at absolute position i of its sequence sees positions j <= i of the same
+reads what it needs (`forward`): an entry's query at absolute position i of its sequence sees positions j <= i of the same
 sequence and, with a sliding window w, only those with i - w < j, which is how transformers defines the window. Nothing
 here communicates: under tensor parallelism each rank attends with its own heads.
 """
@@ -71,16 +71,15 @@ class AttentionBackend(ABC):
     def kv_layout(self, block_size: int, num_kv_heads: int, head_dim: int) -> KvLayout:
         """The page layout that `write` and `forward` use."""
 
-    @abstractmethod
     def write(
-        self,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        metadata: AttentionMetadata,
+        self, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor
     ) -> None:
-        """Put k and v ([T, K, H], any strides) into the pages at `metadata.slot_mapping`."""
+        """Put k and v ([T, K, H], any strides) into the pages at `slots`, int64 [T]: block * S + offset.
+
+        For pages [block, token, head, dim]; a backend with another layout has its own.
+        """
+        k_cache.flatten(0, 1).index_copy_(0, slots, k)
+        v_cache.flatten(0, 1).index_copy_(0, slots, v)
 
     @abstractmethod
     def forward(

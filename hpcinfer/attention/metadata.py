@@ -1,17 +1,33 @@
 """What attention must know about a microbatch, as tensors and as host numbers.
 
-Shape letters: T tokens, R sequences in the microbatch, B blocks in the longest block table, S block size.
+Shape letters: T tokens, R entries of the microbatch (sequences, or runs of one), B blocks in the longest block table,
+S block size, X shared tokens of all lanes together.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
 from hpcinfer.batch import MicroBatch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SharedTokens:
+    """The first tokens of every lane, whose keys and values all lanes put into their pages (sequence parallelism)."""
+
+    lens: tuple[int, ...]
+    """Number of them in each lane; an all-gather of keys and values is padded to the largest."""
+    own: int
+    """Number of them in this lane."""
+    rows: torch.Tensor
+    """int64 [X]: where they stand in the gathered [lanes * max(lens), ...]."""
+    slots: torch.Tensor
+    """int64 [X]: where this lane's pages take them."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -45,6 +61,12 @@ class AttentionMetadata:
     max_seq_len: int
     num_decodes: int
     """Sequences with one token in this microbatch."""
+    is_prefill: bool
+    """False where every lane of the microbatch has decodes only."""
+    lane_tokens: tuple[int, ...]
+    """T in every lane."""
+    shared: SharedTokens | None
+    """None where no lane needs keys and values of another."""
     scratch: dict[Any, Any] = dataclasses.field(default_factory=dict)
     """What a backend works out once for the microbatch and uses in every layer; keyed by the backend's name first."""
 
@@ -54,18 +76,21 @@ class AttentionMetadata:
         return int(self.host_query_start_loc[-1])
 
     @property
-    def num_sequences(self) -> int:
+    def num_entries(self) -> int:
         """R."""
         return len(self.host_query_lens)
 
 
-def build_metadata(microbatch: MicroBatch, block_size: int, device: torch.device) -> AttentionMetadata:
+def build_metadata(
+    microbatch: MicroBatch, block_size: int, device: torch.device, *, lane: int = 0
+) -> AttentionMetadata:
     """Work out the metadata of a microbatch.
 
     Args:
         microbatch: host data from the scheduler.
         block_size: S, tokens in a block.
         device: where the tensors are wanted.
+        lane: of this rank.
     """
     query_lens = np.asarray(microbatch.query_lens, np.int64)
     context_lens = np.asarray(microbatch.context_lens, np.int64)
@@ -94,6 +119,21 @@ def build_metadata(microbatch: MicroBatch, block_size: int, device: torch.device
         max_query_len=int(query_lens.max(initial=0)),
         max_seq_len=int(seq_lens.max(initial=0)),
         num_decodes=int((query_lens == 1).sum()),
+        is_prefill=microbatch.is_prefill,
+        lane_tokens=microbatch.lane_tokens,
+        shared=_shared_tokens(microbatch, lane, tensor),
+    )
+
+
+def _shared_tokens(
+    microbatch: MicroBatch, lane: int, tensor: Callable[[np.ndarray, torch.dtype], torch.Tensor]
+) -> SharedTokens | None:
+    lens = microbatch.shared_lens
+    if not any(lens):
+        return None
+    rows = np.concatenate([index * max(lens) + np.arange(count) for index, count in enumerate(lens)])
+    return SharedTokens(
+        lens=lens, own=lens[lane], rows=tensor(rows, torch.int64), slots=tensor(microbatch.shared_slots, torch.int64)
     )
 
 

@@ -24,18 +24,6 @@ class NaiveBackend(AttentionBackend):
     def kv_layout(self, block_size: int, num_kv_heads: int, head_dim: int) -> KvLayout:
         return KvLayout(block_size=block_size, num_kv_heads=num_kv_heads, head_dim=head_dim)
 
-    def write(
-        self,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        metadata: AttentionMetadata,
-    ) -> None:
-        block, offset = metadata.slot_mapping // metadata.block_size, metadata.slot_mapping % metadata.block_size
-        k_cache[block, offset] = k
-        v_cache[block, offset] = v
-
     def forward(
         self,
         q: torch.Tensor,
@@ -47,7 +35,7 @@ class NaiveBackend(AttentionBackend):
         spec: AttentionSpec,
     ) -> torch.Tensor:
         out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-        for r in range(metadata.num_sequences):
+        for r in range(metadata.num_entries):
             start, end = (int(i) for i in metadata.host_query_start_loc[r : r + 2])
             if start == end:
                 continue

@@ -68,17 +68,6 @@ class SdpaBackend(AttentionBackend):
         # pages with heads outermost, and a padded batch needs no transpose.
         return KvLayout(block_size=block_size, num_kv_heads=num_kv_heads, head_dim=head_dim)
 
-    def write(
-        self,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        metadata: AttentionMetadata,
-    ) -> None:
-        k_cache.flatten(0, 1).index_copy_(0, metadata.slot_mapping, k)
-        v_cache.flatten(0, 1).index_copy_(0, metadata.slot_mapping, v)
-
     def forward(
         self,
         q: torch.Tensor,

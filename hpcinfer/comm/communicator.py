@@ -46,6 +46,9 @@ class Counters:
 class Handle(ABC):
     """A transfer in flight."""
 
+    label: str = ""
+    """What the caller called it."""
+
     @abstractmethod
     def wait(self) -> torch.Tensor | None:
         """Finish the transfer and return its result (None for a send). May be called again; it then returns at once.
@@ -62,8 +65,9 @@ class Handle(ABC):
 class FinishedHandle(Handle):
     """A transfer that was over when it was issued (a communicator of one rank)."""
 
-    def __init__(self, result: torch.Tensor | None) -> None:
+    def __init__(self, result: torch.Tensor | None, label: str = "") -> None:
         self._result = result
+        self.label = label
 
     def wait(self) -> torch.Tensor | None:
         return self._result

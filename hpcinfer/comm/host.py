@@ -12,11 +12,29 @@ from hpcinfer.comm.communicator import Counters
 from hpcinfer.comm.mpi_library import load_mpi
 from hpcinfer.comm.operation import Operation, OperationQueue
 from hpcinfer.comm.progress import ProgressEngine
+from hpcinfer.errors import CommunicationError
 
 PACKET_BYTES = 8192
 """Size of the first packet of a broadcast: [length, int64 | payload]. A second one is sent only for a longer object."""
 HEADER_BYTES = 8
+ROOM_BYTES = PACKET_BYTES - HEADER_BYTES
 PICKLE_PROTOCOL = 5
+
+
+class Expected(ABC):
+    """An object that another rank is going to broadcast."""
+
+    @abstractmethod
+    def done(self) -> bool:
+        """True when the object, or its beginning, has come. Never blocks."""
+
+    @abstractmethod
+    def wait(self) -> Any:
+        """The object. Call it once, before the next collective of the channel but `expect` is called.
+
+        Raises:
+            CommunicationError: the root did not send within the deadline.
+        """
 
 
 class HostChannel(ABC):
@@ -42,6 +60,10 @@ class HostChannel(ABC):
         """
 
     @abstractmethod
+    def expect(self, root: int = 0, *, deadline_s: float | None = None) -> Expected:
+        """Take part in a broadcast of another rank without waiting for it. Calls keep their order with all others."""
+
+    @abstractmethod
     def gather(self, obj: Any, root: int = 0, *, deadline_s: float | None = None) -> list[Any] | None:
         """Every rank's `obj` in rank order on `root`; None on the others."""
 
@@ -65,6 +87,9 @@ class LocalHostChannel(HostChannel):
 
     def broadcast(self, obj: Any = None, root: int = 0, *, deadline_s: float | None = None) -> Any:
         return obj
+
+    def expect(self, root: int = 0, *, deadline_s: float | None = None) -> Expected:
+        raise CommunicationError(f"channel {self.name!r} of one rank expects an object", fix="there is nobody to send it")
 
     def gather(self, obj: Any, root: int = 0, *, deadline_s: float | None = None) -> list[Any] | None:
         return [obj]
@@ -98,21 +123,19 @@ class MpiHostChannel(HostChannel):
         self._queue = OperationQueue(name, self.rank, self.size, self.counters)
 
     def broadcast(self, obj: Any = None, root: int = 0, *, deadline_s: float | None = None) -> Any:
+        if self.rank != root:
+            return self.expect(root, deadline_s=deadline_s).wait()
+        payload = pickle.dumps(obj, protocol=PICKLE_PROTOCOL)
         packet = bytearray(PACKET_BYTES)
-        room = PACKET_BYTES - HEADER_BYTES
-        payload = b""
-        if self.rank == root:
-            payload = pickle.dumps(obj, protocol=PICKLE_PROTOCOL)
-            packet[:HEADER_BYTES] = len(payload).to_bytes(HEADER_BYTES, "little")
-            packet[HEADER_BYTES : HEADER_BYTES + len(payload)] = payload[:room]
-        self._run("broadcast", PACKET_BYTES, lambda: self._comm.Ibcast([packet, self._byte], root), deadline_s, root)
-        length = int.from_bytes(packet[:HEADER_BYTES], "little")
-        rest = bytearray(payload[room:]) if self.rank == root else bytearray(max(0, length - room))
-        if rest:
-            self._run("broadcast", len(rest), lambda: self._comm.Ibcast([rest, self._byte], root), deadline_s, root)
-        if self.rank == root:
-            return obj
-        return pickle.loads(bytes(packet[HEADER_BYTES : HEADER_BYTES + min(length, room)]) + bytes(rest))
+        packet[:HEADER_BYTES] = len(payload).to_bytes(HEADER_BYTES, "little")
+        packet[HEADER_BYTES : HEADER_BYTES + len(payload)] = payload[:ROOM_BYTES]
+        self._finish(self._post_broadcast(packet, root), deadline_s)
+        if len(payload) > ROOM_BYTES:
+            self._finish(self._post_broadcast(bytearray(payload[ROOM_BYTES:]), root), deadline_s)
+        return obj
+
+    def expect(self, root: int = 0, *, deadline_s: float | None = None) -> Expected:
+        return _MpiExpected(self, root, deadline_s)
 
     def gather(self, obj: Any, root: int = 0, *, deadline_s: float | None = None) -> list[Any] | None:
         payload, lengths = self._payload(obj)
@@ -152,8 +175,17 @@ class MpiHostChannel(HostChannel):
         self, verb: str, num_bytes: int, start: Any, deadline_s: float | None, root: int | None = None
     ) -> None:
         # The closure of `start` holds the buffers for as long as the operation lives.
+        self._finish(self._post(verb, num_bytes, start, root), deadline_s)
+
+    def _post_broadcast(self, buffer: bytearray, root: int) -> Operation:
+        return self._post("broadcast", len(buffer), lambda: self._comm.Ibcast([buffer, self._byte], root), root)
+
+    def _post(self, verb: str, num_bytes: int, start: Any, root: int | None) -> Operation:
         operation = Operation(self._queue, verb, num_bytes, lambda: [start()], peer=root)
         self.progress.submit(self._queue, [operation])
+        return operation
+
+    def _finish(self, operation: Operation, deadline_s: float | None) -> None:
         self.progress.wait(operation, self.deadline_s if deadline_s is None else deadline_s)
 
     def _payload(self, obj: Any) -> tuple[bytes, np.ndarray]:
@@ -166,6 +198,30 @@ class MpiHostChannel(HostChannel):
         starts = np.concatenate(([0], np.cumsum(lengths)[:-1]))
         whole = bytearray(int(lengths.sum()))
         return whole, [whole, (lengths.tolist(), starts.tolist()), self._byte]
+
+
+class _MpiExpected(Expected):
+    """The receiving side of a broadcast, with its first packet posted."""
+
+    def __init__(self, channel: MpiHostChannel, root: int, deadline_s: float | None) -> None:
+        self._channel = channel
+        self._root = root
+        self._deadline_s = deadline_s
+        self._packet = bytearray(PACKET_BYTES)
+        self._operation = channel._post_broadcast(self._packet, root)
+
+    def done(self) -> bool:
+        if not self._operation.finished:
+            self._channel.progress.poll()
+        return self._operation.finished
+
+    def wait(self) -> Any:
+        self._channel._finish(self._operation, self._deadline_s)
+        length = int.from_bytes(self._packet[:HEADER_BYTES], "little")
+        rest = bytearray(max(0, length - ROOM_BYTES))
+        if rest:
+            self._channel._finish(self._channel._post_broadcast(rest, self._root), self._deadline_s)
+        return pickle.loads(bytes(self._packet[HEADER_BYTES : HEADER_BYTES + min(length, ROOM_BYTES)]) + bytes(rest))
 
 
 def _unpack(whole: bytearray, lengths: np.ndarray) -> list[Any]:

@@ -18,23 +18,23 @@ class LocalCommunicator(Communicator):
         return None
 
     def _all_reduce(self, tensor: torch.Tensor, op: str, label: str) -> Handle:
-        return FinishedHandle(tensor)
+        return FinishedHandle(tensor, label)
 
     def _all_gather(self, tensor: torch.Tensor, label: str) -> Handle:
-        return FinishedHandle(tensor)
+        return FinishedHandle(tensor, label)
 
     def _reduce_scatter(self, tensor: torch.Tensor, label: str) -> Handle:
-        return FinishedHandle(tensor)
+        return FinishedHandle(tensor, label)
 
     def _broadcast(self, tensor: torch.Tensor, root: int, label: str) -> Handle:
-        return FinishedHandle(tensor)
+        return FinishedHandle(tensor, label)
 
     def _all_to_all(
         self, tensor: torch.Tensor, send_counts: list[int], recv_counts: list[int], label: str
     ) -> Handle:
         if send_counts != recv_counts:
             raise self._misuse("all_to_all", f"send {send_counts}, receive {recv_counts}", "equal counts")
-        return FinishedHandle(tensor)
+        return FinishedHandle(tensor, label)
 
     def _send(self, tensor: torch.Tensor, peer: int, label: str) -> Handle:
         raise CommunicationError(f"send on communicator {self.name!r} of one rank", fix="a rank has no peer here")

@@ -30,7 +30,7 @@ DEADLINE_S = 300.0
 class MpiHandle(Handle):
     """An MPI operation in flight, what its result is, and what is left to do when it is over."""
 
-    __slots__ = ("_communicator", "_finish", "_operation", "_result")
+    __slots__ = ("_communicator", "_finish", "_operation", "_result", "label")
 
     def __init__(
         self,
@@ -43,6 +43,7 @@ class MpiHandle(Handle):
         self._operation = operation
         self._result = result
         self._finish = finish
+        self.label = operation.label
 
     def wait(self) -> torch.Tensor | None:
         self._communicator._wait(self._operation)

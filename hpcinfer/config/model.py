@@ -67,7 +67,8 @@ class ModelConfig:
     head_dim: int
     """H: width of a head; num_heads * head_dim need not be hidden_size."""
     rms_norm_eps: float = 1e-6
-    rope: RopeConfig = RopeConfig()
+    rope: RopeConfig | None = RopeConfig()
+    """None: the family has learned positions."""
     max_position_embeddings: int = 2048
     """Longest sequence, prompt and output together, in tokens."""
     tie_word_embeddings: bool = False

@@ -142,13 +142,13 @@ def build_replica(
     dtype = getattr(torch, plan.dtype)
     with clock.phase("load"):
         model = model_class(plan.model)(
-            plan.model, layers=plan.layers, tp=groups.tp, backend=plan.attention, dtype=dtype, device=plan.device
+            plan.model, layers=plan.layers, axes=groups.axes, backend=plan.attention, dtype=dtype, device=plan.device
         )
         load(model)
         kv = model.allocate_kv(num_blocks=plan.limits.num_blocks, block_size=plan.limits.block_size)
         links = StageLinks(
             groups.from_previous, groups.to_next, hidden_size=plan.model.hidden_size, dtype=dtype, device=plan.device
         )
-        worker = Worker(StageRunner(model, kv, links), groups, device=plan.device, clock=clock)
+        worker = Worker(StageRunner(model, kv, links, lane=groups.mesh.lane), groups, device=plan.device, clock=clock)
         groups.warmup()
     return Replica(worker=worker, scheduler=Scheduler(plan.limits), control=groups.control)

@@ -1,27 +1,30 @@
-"""The tick loop of a replica: the leader says what arrives, every rank schedules and executes the same microbatch."""
+"""The tick loop of a replica: the leader says what arrives, every rank schedules and executes the same steps."""
 
 from __future__ import annotations
 
+import collections
+
 import numpy as np
 
-from hpcinfer.batch import MicroBatch
+from hpcinfer.batch import Step
 from hpcinfer.comm.communicator import Handle
 from hpcinfer.comm.host import HostChannel
-from hpcinfer.engine.worker import Worker
+from hpcinfer.engine.worker import PlannedStep, Worker
 from hpcinfer.request import Request
 from hpcinfer.sampling.sampler import SamplingBatch
 from hpcinfer.scheduler.message import TickMessage
 from hpcinfer.scheduler.scheduler import EndedSequence, Scheduler
 
 LEADER = 0
-_NOTHING = np.empty(0, np.int64)
+_NO_DEADLINE = float("inf")
 
 
 class Replica:
     """One rank of a replica. The leader calls `step()` and at the end `stop()`; the other ranks call `follow()`.
 
     Tick n on the leader: wait for the tokens of tick n - lag, broadcast the message of tick n, apply it, schedule, execute.
-    Between them up to `lag` microbatches are in flight, one in each stage.
+    The other ranks look ahead: while they compute a step, the message of the next one may arrive; they then schedule it
+    and post its receives at once, so that its activations travel meanwhile.
     """
 
     def __init__(self, *, worker: Worker, scheduler: Scheduler, control: HostChannel) -> None:
@@ -29,7 +32,7 @@ class Replica:
         self._worker = worker
         self._control = control
         self._next_tick = 0
-        self._drawing: dict[int, tuple[np.ndarray, Handle]] = {}  # tick -> (sequence ids, their tokens)
+        self._drawing: dict[int, list[tuple[tuple[int, ...], Handle]]] = {}  # tick -> (sequence ids, their tokens)
 
     @property
     def is_leader(self) -> bool:
@@ -42,22 +45,26 @@ class Replica:
 
     def step(self, requests: list[Request], *, drain: bool = False) -> list[EndedSequence]:
         """Leader: run one tick with new `requests`; return the sequences that ended."""
-        return self._tick(self._message(tuple(requests), drain=drain))
+        ended, planned = self._take(self._message(tuple(requests), drain=drain))
+        if planned is not None:
+            drawn = self._worker.execute(planned)
+            drawing = planned.step.drawing
+            self._drawing[planned.step.tick] = [(drawing[lane], drawn[lane]) for lane in sorted(drawn)]
+        return ended
 
     def stop(self) -> None:
         """Leader: end the loop on every rank. What is still in work is given up."""
         while self._drawing:  # tokens in flight must be received before communicators close
-            self._tick(self._message(drain=True))
-        self._tick(self._message(stop=True))
+            self.step([], drain=True)
+        self._take(self._message(stop=True))
+        self._worker.drain()
 
     def follow(self) -> None:
         """Other ranks: take part in every tick until the leader stops."""
-        while True:
-            # A leader may read, tokenise and commit between ticks: no deadline but the one of the launcher.
-            message = self._control.broadcast(root=LEADER, deadline_s=float("inf"))
-            self._tick(message)
-            if message.stop:
-                return
+        ahead = _LookAhead(self)
+        while (planned := ahead.next()) is not None:
+            self._worker.execute(planned, between=ahead.look)
+        self._worker.drain()
 
     def _message(self, requests: tuple[Request, ...] = (), *, drain: bool = False, stop: bool = False) -> TickMessage:
         ids, tokens = self._results(self._next_tick - self.scheduler.limits.lag)
@@ -74,24 +81,53 @@ class Replica:
         return message
 
     def _results(self, tick: int) -> tuple[np.ndarray, np.ndarray]:
-        if tick not in self._drawing:
-            return _NOTHING, _NOTHING
-        ids, handle = self._drawing.pop(tick)
-        return ids, handle.wait().cpu().numpy()
+        drawn = self._drawing.pop(tick, [])
+        ids = [np.array(ids, np.int64) for ids, _ in drawn]
+        tokens = [handle.wait().cpu().numpy() for _, handle in drawn]
+        return np.concatenate([np.empty(0, np.int64), *ids]), np.concatenate([np.empty(0, np.int64), *tokens])
 
-    def _tick(self, message: TickMessage) -> list[EndedSequence]:
+    def _take(self, message: TickMessage) -> tuple[list[EndedSequence], PlannedStep | None]:
+        """Apply a message, schedule, and post what the step will receive."""
         self._next_tick = message.tick + 1
         ended = self.scheduler.apply(message)
-        if message.stop:
-            self._worker.drain()
-            return ended
-        batch = self.scheduler.schedule()
-        if batch is not None:
-            handle = self._worker.execute(batch, self._sampling(batch) if self._worker.samples else None)
-            if handle is not None:
-                self._drawing[batch.tick] = (np.array(batch.sequence_ids, np.int64)[batch.samples], handle)
-        return ended
+        step = None if message.stop else self.scheduler.schedule()
+        return ended, None if step is None else self._worker.plan(step, self._sampling(step))
 
-    def _sampling(self, batch: MicroBatch) -> SamplingBatch:
-        drawing = [self.scheduler.sequence(i) for i, draws in zip(batch.sequence_ids, batch.samples, strict=True) if draws]
-        return SamplingBatch.of((sequence.request, len(sequence.tokens)) for sequence in drawing)
+    def _sampling(self, step: Step) -> SamplingBatch | None:
+        # Now, and not when the step is executed: the sequences may have moved on by then.
+        drawn = self._worker.drawn_here(step)
+        if not drawn:
+            return None
+        sequences = (self.scheduler.sequence(number) for number in drawn)
+        return SamplingBatch.of((sequence.request, len(sequence.tokens)) for sequence in sequences)
+
+
+class _LookAhead:
+    """The messages of a rank that follows, taken as early as they come, at most `lag` ahead of what is executed."""
+
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
+        self._planned: collections.deque[PlannedStep] = collections.deque()
+        self._stopped = False
+        # A leader may read, tokenise and commit between ticks: no deadline but the one of the launcher.
+        self._expected = replica._control.expect(root=LEADER, deadline_s=_NO_DEADLINE)
+
+    def next(self) -> PlannedStep | None:
+        """The next step to execute; None after the last."""
+        while not self._planned and not self._stopped:
+            self._take()
+        return self._planned.popleft() if self._planned else None
+
+    def look(self) -> None:
+        """Take a message that has come. Never blocks."""
+        if not self._stopped and len(self._planned) < self._replica.scheduler.limits.lag and self._expected.done():
+            self._take()
+
+    def _take(self) -> None:
+        message = self._expected.wait()
+        self._stopped = message.stop
+        if not message.stop:
+            self._expected = self._replica._control.expect(root=LEADER, deadline_s=_NO_DEADLINE)
+        _, planned = self._replica._take(message)
+        if planned is not None:
+            self._planned.append(planned)

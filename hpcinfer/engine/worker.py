@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections.abc import Callable
 
 import torch
 
-from hpcinfer.batch import MicroBatch
+from hpcinfer.batch import Step
 from hpcinfer.comm.communicator import FinishedHandle, Handle
 from hpcinfer.observe.metrics import PhaseClock
 from hpcinfer.parallel.groups import ReplicaGroups
-from hpcinfer.pipeline.runner import StageRunner
+from hpcinfer.pipeline.runner import PreparedStep, StageRunner
+from hpcinfer.pipeline.transfer import Outbox
 from hpcinfer.sampling.sampler import SamplingBatch, sample
 
 SAMPLER, LEADER = 0, 1
-"""Ranks in the communicator that returns drawn tokens (`ReplicaGroups.tokens`)."""
+"""Ranks in the communicators that return drawn tokens (`ReplicaGroups.tokens`)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedStep:
+    """A step that was decided, with its transfers posted."""
+
+    prepared: PreparedStep
+    sampling: SamplingBatch | None
+    """What this rank draws with; None where it draws nothing."""
+    returning: dict[int, Handle]
+    """On the leader: lane -> tokens that another rank draws, int64 [S]."""
+
+    @property
+    def step(self) -> Step:
+        return self.prepared.step
 
 
 class Worker:
-    """Executes microbatches on one rank.
+    """Executes steps on one rank.
 
-    One rank of a replica samples (the last stage's first tp rank), one leads (the first stage's first tp rank). With one
-    stage they are the same; with more, the drawn tokens travel over `groups.tokens`.
+    One rank of each lane samples (the last stage's first tp rank), one of the replica leads (the first stage's first). Where
+    they are not the same rank the drawn tokens travel over `groups.tokens`.
 
     Args:
         runner: this rank's stage.
@@ -37,56 +55,58 @@ class Worker:
         self._groups = groups
         self._samples = groups.mesh.is_sampler
         self._leads = groups.mesh.is_leader
+        self._lane = groups.mesh.lane
         self._device = device
         self._clock = clock
-        self._returning: Handle | None = None
+        self._outbox = Outbox()
 
-    @property
-    def samples(self) -> bool:
-        """True where `execute` needs a SamplingBatch."""
-        return self._samples
+    def drawn_here(self, step: Step) -> tuple[int, ...]:
+        """The sequences of a step for which this rank draws."""
+        return step.drawing[self._lane] if self._samples else ()
 
-    def execute(self, batch: MicroBatch, sampling: SamplingBatch | None) -> Handle | None:
-        """Compute a microbatch on this rank's stage.
+    def plan(self, step: Step, sampling: SamplingBatch | None) -> PlannedStep:
+        """Post the receives of a step. Steps are planned, and then executed, in the order of their ticks.
 
         Args:
-            batch: what to compute.
-            sampling: parameters of the sequences that draw a token; needed where `samples`.
+            sampling: parameters of the sequences that are `drawn_here`; None where there are none.
+        """
+        returning = {}
+        if self._leads:
+            for lane, link in self._groups.tokens.items():
+                if step.drawing[lane]:
+                    tokens = torch.empty(len(step.drawing[lane]), dtype=torch.int64, device=self._device)
+                    returning[lane] = link.recv(tokens, SAMPLER, label="tokens")
+        return PlannedStep(prepared=self._runner.prepare(step), sampling=sampling, returning=returning)
+
+    def execute(self, planned: PlannedStep, *, between: Callable[[], None] | None = None) -> dict[int, Handle]:
+        """Compute a step on this rank's stage.
+
+        Args:
+            between: called between segments of computation.
 
         Returns:
-            On the leader a handle of the drawn tokens, int64 [S]; None elsewhere.
+            On the leader handles of the drawn tokens, lane -> int64 [S]; empty elsewhere.
         """
         start_s, waited_s = time.perf_counter(), self._groups.wait_s()
-        logits = self._runner.run(batch)
-        handle = self._return_tokens(logits, sampling, int(batch.samples.sum()))
-        self._count(batch, time.perf_counter() - start_s, self._groups.wait_s() - waited_s)
-        return handle
+        logits = self._runner.run(planned.prepared, between=between)
+        drawn = dict(planned.returning)
+        if planned.sampling is not None:
+            tokens = sample(logits, planned.sampling)
+            if self._leads:
+                drawn[self._lane] = FinishedHandle(tokens)
+            else:
+                self._outbox.add(self._groups.tokens[self._lane].send(tokens, LEADER, label="tokens"))
+        self._count(planned.step, time.perf_counter() - start_s, self._groups.wait_s() - waited_s)
+        return drawn
 
     def drain(self) -> None:
         """Return when everything this rank sent has left."""
         self._runner.drain()
-        if self._returning is not None:
-            self._returning.wait()
+        self._outbox.drain()
 
-    def _return_tokens(
-        self, logits: torch.Tensor | None, sampling: SamplingBatch | None, num_drawn: int
-    ) -> Handle | None:
-        if self._samples:
-            drawn = sample(logits, sampling) if num_drawn else torch.empty(0, dtype=torch.int64, device=self._device)
-            if self._leads:
-                return FinishedHandle(drawn)
-            if num_drawn:
-                if self._returning is not None:
-                    self._returning.wait()  # over by now: the leader had these tokens before it sent this tick's message
-                self._returning = self._groups.tokens.send(drawn, LEADER, label="tokens")
-        elif self._leads:
-            drawn = torch.empty(num_drawn, dtype=torch.int64, device=self._device)
-            return self._groups.tokens.recv(drawn, SAMPLER, label="tokens") if num_drawn else FinishedHandle(drawn)
-        return None
-
-    def _count(self, batch: MicroBatch, elapsed_s: float, waited_s: float) -> None:
-        """A mixed microbatch's time is shared between the two phases by tokens."""
-        prefill_share = batch.num_prefill_tokens / batch.num_tokens
+    def _count(self, step: Step, elapsed_s: float, waited_s: float) -> None:
+        """A mixed step's time is shared between the two phases by tokens."""
+        prefill_share = sum(part.num_prefill_tokens for part in step.parts) / max(step.num_tokens, 1)
         self._clock.add("prefill", (elapsed_s - waited_s) * prefill_share)
         self._clock.add("decode", (elapsed_s - waited_s) * (1 - prefill_share))
         self._clock.add("communication", waited_s)

@@ -1,29 +1,35 @@
 """The attention layer: projections, rotary embedding, pages, output projection.
 
-Shape letters: T tokens, D model, N query heads and K key/value heads of this rank, H head dim.
+Shape letters: T tokens, P of them on this rank, D model, N query heads and K key/value heads of this rank, H head dim,
+X shared tokens of all lanes together.
 """
 
 from __future__ import annotations
+
+from collections.abc import Generator
 
 import torch
 
 from hpcinfer.attention.base import AttentionBackend, AttentionSpec
 from hpcinfer.attention.metadata import AttentionMetadata
-from hpcinfer.comm.communicator import Communicator
+from hpcinfer.comm.communicator import Handle
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.layers.linear import QkvParallelLinear, RowParallelLinear
 from hpcinfer.layers.norm import QkNorm
 from hpcinfer.layers.rotary import rotate
-from hpcinfer.layers.segments import Segments
+from hpcinfer.parallel.axes import StageAxes
+from hpcinfer.parallel.segments import Segments
+from hpcinfer.parallel.tensor import TokenStream, pad_rows
 
 
 class Attention:
-    """Grouped-query attention of one layer with this rank's heads. Its only communication is the all-reduce of `o`.
+    """Grouped-query attention of one layer with this rank's heads. Its communication is the reduction of `o` and, where a
+    prompt's tokens are spread over lanes, one all-gather of their keys and values.
 
     Args:
         config: sizes, biases, qk-norm.
         layer: number of the layer in the whole model; fixes its sliding window and names its transfers.
-        tp: communicator of the tensor-parallel axis.
+        axes, stream: of the stage.
         backend: computes softmax attention over pages.
     """
 
@@ -32,18 +38,19 @@ class Attention:
         config: ModelConfig,
         layer: int,
         *,
-        tp: Communicator,
+        axes: StageAxes,
+        stream: TokenStream,
         backend: AttentionBackend,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.qkv = QkvParallelLinear(
             config.hidden_size, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim,
-            bias=config.qkv_bias, tp=tp, dtype=dtype, device=device,
+            bias=config.qkv_bias, tp=axes.tp, dtype=dtype, device=device,
         )
         self.o = RowParallelLinear(
             config.num_heads * config.head_dim, config.hidden_size, bias=config.o_bias,
-            tp=tp, dtype=dtype, device=device, label=f"layer {layer} o",
+            stream=stream, dtype=dtype, device=device, label=f"layer {layer} o",
         )
         num_heads, num_kv_heads = self.qkv.num_heads, self.qkv.num_kv_heads
         self.qk_norm = (
@@ -55,6 +62,9 @@ class Attention:
             scale=config.head_dim**-0.5, sliding_window=config.sliding_window[layer],
         )
         self._backend = backend
+        self._sp = axes.sp
+        self._stream = stream
+        self._layer = layer
 
     def forward(
         self,
@@ -63,15 +73,54 @@ class Attention:
         metadata: AttentionMetadata,
         cache: tuple[torch.Tensor, torch.Tensor],
     ) -> Segments:
-        """x [T, D], cos and sin [T, 1, H/2], the layer's pages -> [T, D]. Collective: one all-reduce over tp."""
+        """x [P, D], cos and sin [T, 1, H/2], the layer's pages -> [P, D]. Collective: see the class."""
+        x = yield from self._stream.gather(x, metadata.num_tokens, label=f"layer {self._layer} qkv")
+        if metadata.shared is None:
+            q, k, v = self._project(x, rotary)
+            self._backend.write(k, v, *cache, metadata.slot_mapping)
+        else:
+            q, k, v = yield from self._project_shared(x, rotary, metadata, cache)
+        attended = self._backend.forward(q, k, v, *cache, metadata, self.spec)
+        y = yield from self.o.forward(attended.flatten(1))
+        return y
+
+    def _project(
+        self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x [T, D] -> q [T, N, H], k and v [T, K, H]."""
         num_heads, num_rotated = self.spec.num_heads, self.spec.num_heads + self.spec.num_kv_heads
         qkv = self.qkv.forward(x)
         qk, v = qkv[:, :num_rotated], qkv[:, num_rotated:]
         if self.qk_norm is not None:
             qk = self.qk_norm.forward(qk)
         qk = rotate(qk, *rotary)
-        q, k = qk[:, :num_heads], qk[:, num_heads:]
-        self._backend.write(k, v, *cache, metadata)
-        attended = self._backend.forward(q, k, v, *cache, metadata, self.spec)
-        y = yield from self.o.forward(attended.flatten(1))
-        return y
+        return qk[:, :num_heads], qk[:, num_heads:], v
+
+    def _project_shared(
+        self,
+        x: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        metadata: AttentionMetadata,
+        cache: tuple[torch.Tensor, torch.Tensor],
+    ) -> Generator[Handle, torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """The same, where the first tokens' keys and values go into the pages of all lanes.
+
+        Keys and values are made first: while they travel, the queries are made and the tokens of this lane alone written.
+        """
+        shared, num_kv_heads = metadata.shared, self.spec.num_kv_heads
+        kv = self.qkv.forward_kv(x)
+        k, v = kv[:, :num_kv_heads], kv[:, num_kv_heads:]
+        if self.qk_norm is not None:
+            k = self.qk_norm.forward_k(k)
+        k = rotate(k, *rotary)
+        mine = pad_rows(torch.cat((k[: shared.own], v[: shared.own]), dim=1), max(shared.lens))
+        gathering = self._sp.all_gather(mine, label=f"layer {self._layer} kv")
+        q = self.qkv.forward_q(x)
+        if self.qk_norm is not None:
+            q = self.qk_norm.forward_q(q)
+        q = rotate(q, *rotary)
+        self._backend.write(k[shared.own :], v[shared.own :], *cache, metadata.slot_mapping[shared.own :])
+        gathered = yield gathering
+        everyone = gathered[shared.rows]  # [X, 2K, H]
+        self._backend.write(everyone[:, :num_kv_heads], everyone[:, num_kv_heads:], *cache, shared.slots)
+        return q, k, v

@@ -1,6 +1,6 @@
 """Embedding and head, split over the ranks by vocabulary.
 
-Shape letters: T tokens, D model, V vocabulary, S rows whose logits are wanted.
+Shape letters: T tokens, P of them on this rank, D model, V vocabulary, S rows whose logits are wanted.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from hpcinfer.comm.communicator import Communicator
-from hpcinfer.layers.segments import Segments
+from hpcinfer.parallel.segments import Segments
+from hpcinfer.parallel.tensor import TokenStream
 from hpcinfer.layers.shard import check_shape, copy_shard, part_range, part_size
 
 
@@ -19,17 +20,19 @@ class VocabParallelEmbedding:
     Args:
         vocab_size: V, any size.
         hidden_size: D.
-        tp, dtype, device: communicator of the tensor-parallel axis; of the weight.
+        stream: of the stage; the vocabulary is split over its ranks.
+        dtype, device: of the weight.
     """
 
     split_dim = 0
 
     def __init__(
-        self, vocab_size: int, hidden_size: int, *, tp: Communicator, dtype: torch.dtype, device: torch.device
+        self, vocab_size: int, hidden_size: int, *, stream: TokenStream, dtype: torch.dtype, device: torch.device
     ) -> None:
+        tp = stream.tp
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
-        self._tp = tp
+        self._stream = stream
         self._start, self._end = part_range(vocab_size, tp.size, tp.rank)
         self.weight = torch.zeros(part_size(vocab_size, tp.size), hidden_size, dtype=dtype, device=device)
 
@@ -39,14 +42,14 @@ class VocabParallelEmbedding:
         copy_shard(self.weight, full, self.split_dim, self._start, self._end)
 
     def forward(self, token_ids: torch.Tensor) -> Segments:
-        """token_ids int64 [T], each from 0 to V - 1 -> [T, D]. Collective: one all-reduce over tp when it is split."""
-        if self._tp.size == 1:
+        """token_ids int64 [T], each from 0 to V - 1 -> [P, D]. Collective: one reduction over tp when it is split."""
+        if self._stream.tp.size == 1:
             return F.embedding(token_ids, self.weight)
         # Every token is looked up by the one rank that has its row; the others add zeros, so the sum is exact.
         foreign = (token_ids < self._start) | (token_ids >= self._end)
         rows = (token_ids - self._start).masked_fill_(foreign, 0)
         hidden = F.embedding(rows, self.weight).masked_fill_(foreign[:, None], 0)
-        hidden = yield self._tp.all_reduce(hidden, label="embedding")
+        hidden = yield from self._stream.reduce(hidden, label="embedding")
         return hidden
 
 

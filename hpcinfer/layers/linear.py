@@ -1,7 +1,7 @@
 """Linear layers split over the ranks of the tensor-parallel axis (Shoeybi et al. 2019, Megatron-LM).
 
 Weights are [out, in] as in checkpoints. A column-parallel layer splits `out` and needs no communication; a row-parallel
-layer splits `in` and ends in an all-reduce. Each class states which dim it splits and loads its own shard from the full
+layer splits `in` and ends in a sum over the ranks. Each class states which dim it splits and loads its own shard from the full
 tensor. Sizes that the ranks do not divide are padded with zeros, heads excepted.
 
 Shape letters: T tokens, D width in, H head dim.
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 from hpcinfer.comm.communicator import Communicator
 from hpcinfer.config.model import heads_per_rank
-from hpcinfer.layers.segments import Segments
+from hpcinfer.parallel.segments import Segments
+from hpcinfer.parallel.tensor import TokenStream
 from hpcinfer.layers.shard import check_shape, copy_shard, part_range, part_size
 
 
@@ -136,7 +137,20 @@ class QkvParallelLinear:
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, D] -> [T, N + 2K, H]: query heads, then key heads, then value heads."""
-        return F.linear(x, self.weight, self.bias).view(x.shape[0], -1, self.head_dim)
+        return self._project(x, slice(None))
+
+    def forward_q(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, D] -> [T, N, H]: the query heads alone."""
+        return self._project(x, slice(0, self.num_heads * self.head_dim))
+
+    def forward_kv(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, D] -> [T, 2K, H]: key heads, then value heads."""
+        return self._project(x, slice(self.num_heads * self.head_dim, None))
+
+    def _project(self, x: torch.Tensor, rows: slice) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias[rows]
+        weight = self.weight[rows]
+        return F.linear(x, weight, bias).view(x.shape[0], weight.shape[0] // self.head_dim, self.head_dim)
 
     def _copy(self, merged: torch.Tensor, full: torch.Tensor, part: str) -> None:
         _, first, count, offset = self._parts[part]
@@ -145,14 +159,15 @@ class QkvParallelLinear:
 
 
 class RowParallelLinear:
-    """A matrix whose input features are split over the ranks; the partial outputs are summed by an all-reduce.
+    """A matrix whose input features are split over the ranks; the partial outputs are summed as the stream's form says.
 
     Args:
         in_features: whole input size; the input of `forward` is this rank's part of it.
         out_features: D, not split.
         bias: whether there is one; only rank 0 adds it, so that the sum has it once.
-        tp, dtype, device: as of the column-parallel layers.
-        label: names the all-reduce in records and error reports.
+        stream: of the stage; its ranks are those that the matrix is split over.
+        dtype, device: of the weights.
+        label: names the transfer in records and error reports.
     """
 
     split_dim = 1
@@ -163,15 +178,16 @@ class RowParallelLinear:
         out_features: int,
         *,
         bias: bool,
-        tp: Communicator,
+        stream: TokenStream,
         dtype: torch.dtype,
         device: torch.device,
         label: str = "",
     ) -> None:
+        tp = stream.tp
         self.in_features = in_features
         self.out_features = out_features
         self.label = label
-        self._tp = tp
+        self._stream = stream
         self._range = part_range(in_features, tp.size, tp.rank)
         self.weight = torch.zeros(out_features, part_size(in_features, tp.size), dtype=dtype, device=device)
         self.bias = torch.zeros(out_features, dtype=dtype, device=device) if bias and tp.rank == 0 else None
@@ -188,7 +204,6 @@ class RowParallelLinear:
             self.bias.copy_(full)
 
     def forward(self, x: torch.Tensor) -> Segments:
-        """x [T, in_features / ranks] -> [T, D], the same on all ranks. Collective: one all-reduce over tp."""
-        y = F.linear(x, self.weight, self.bias)
-        y = yield self._tp.all_reduce(y, label=self.label)
+        """x [T, in_features / ranks] -> [P, D], this rank's part of the stream. Collective: one reduction over tp."""
+        y = yield from self._stream.reduce(F.linear(x, self.weight, self.bias), label=self.label)
         return y

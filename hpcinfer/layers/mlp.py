@@ -1,6 +1,6 @@
 """The gated MLP (Shazeer 2020): down(act(gate(x)) * up(x)).
 
-Shape letters: T tokens, D model, I intermediate size on this rank.
+Shape letters: T tokens, P of them on this rank, D model, I intermediate size on this rank.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from hpcinfer.comm.communicator import Communicator
+from hpcinfer.attention.metadata import AttentionMetadata
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.layers.linear import MergedColumnParallelLinear, RowParallelLinear
-from hpcinfer.layers.segments import Segments
+from hpcinfer.parallel.segments import Segments
+from hpcinfer.parallel.tensor import TokenStream
 
 # Every one maps 0 to 0, so that padded columns contribute nothing.
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -26,29 +27,32 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class GatedMlp:
-    """Gate and up projections as one matmul, down projection with the layer's second all-reduce.
+    """Gate and up projections as one matmul, down projection with the layer's second reduction.
 
     Args:
         config: sizes, biases, activation.
         layer: number of the layer in the whole model; names its transfers.
-        tp: communicator of the tensor-parallel axis.
+        stream: of the stage.
     """
 
     def __init__(
-        self, config: ModelConfig, layer: int, *, tp: Communicator, dtype: torch.dtype, device: torch.device
+        self, config: ModelConfig, layer: int, *, stream: TokenStream, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.gate_up = MergedColumnParallelLinear(
             config.hidden_size, (config.intermediate_size, config.intermediate_size), bias=config.mlp_bias,
-            tp=tp, dtype=dtype, device=device,
+            tp=stream.tp, dtype=dtype, device=device,
         )
         self.down = RowParallelLinear(
             config.intermediate_size, config.hidden_size, bias=config.mlp_bias,
-            tp=tp, dtype=dtype, device=device, label=f"layer {layer} down",
+            stream=stream, dtype=dtype, device=device, label=f"layer {layer} down",
         )
         self._activate = ACTIVATIONS[config.hidden_act]
+        self._stream = stream
+        self._label = f"layer {layer} mlp"
 
-    def forward(self, x: torch.Tensor) -> Segments:
-        """x [T, D] -> [T, D]. Collective: one all-reduce over tp."""
+    def forward(self, x: torch.Tensor, metadata: AttentionMetadata) -> Segments:
+        """x [P, D] -> [P, D]. Collective: one reduction over tp."""
+        x = yield from self._stream.gather(x, metadata.num_tokens, label=self._label)
         gate, up = self.gate_up.forward(x).split(self.gate_up.shard_sizes, dim=-1)
         y = yield from self.down.forward(self._activate(gate).mul_(up))
         return y

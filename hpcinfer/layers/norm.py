@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from hpcinfer.layers.shard import check_shape
@@ -24,6 +26,10 @@ class RmsNorm:
         """Take the weight [size]."""
         check_shape(full, tuple(self.weight.shape), "norm weight")
         self.weight.copy_(full)
+
+    def weights(self) -> dict[str, Callable[[torch.Tensor], None]]:
+        """What takes each tensor of the checkpoint."""
+        return {"weight": self.load_weight}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., size] -> the same shape and dtype."""
@@ -69,3 +75,11 @@ class QkNorm:
     def forward(self, qk: torch.Tensor) -> torch.Tensor:
         """qk [T, N + K, H], query heads first -> the same shape."""
         return rms_norm(qk, self.weight, self.eps)
+
+    def forward_q(self, q: torch.Tensor) -> torch.Tensor:
+        """q [T, N, H] -> the same shape."""
+        return rms_norm(q, self.weight[: self._num_heads], self.eps)
+
+    def forward_k(self, k: torch.Tensor) -> torch.Tensor:
+        """k [T, K, H] -> the same shape."""
+        return rms_norm(k, self.weight[self._num_heads :], self.eps)

@@ -1,6 +1,6 @@
 """What a model is to the engine: one stage of it on this rank, with this rank's shards.
 
-Shape letters: T tokens in the microbatch, D model, V vocabulary, S rows whose logits are wanted.
+Shape letters: T tokens in the microbatch, P of them on this rank, D model, V vocabulary, S rows whose logits are wanted.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import torch
 from hpcinfer.attention.base import AttentionBackend
 from hpcinfer.attention.metadata import AttentionMetadata, build_metadata
 from hpcinfer.batch import MicroBatch
-from hpcinfer.comm.communicator import Communicator
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.errors import ConfigError
 from hpcinfer.kvcache.layout import KvLayout
 from hpcinfer.kvcache.pool import KvPool
-from hpcinfer.layers.segments import Segments
+from hpcinfer.parallel.axes import StageAxes
+from hpcinfer.parallel.segments import Segments
+from hpcinfer.parallel.tensor import token_stream
 
 WeightLoader: TypeAlias = Callable[[torch.Tensor], None]
 """Takes the full tensor of the checkpoint (any float dtype, on CPU or device) and keeps this rank's shard of it."""
@@ -37,20 +38,26 @@ class StageInputs:
     token_ids: torch.Tensor | None = None
     """int64 [T]; for the first stage."""
     hidden: torch.Tensor | None = None
-    """[T, D] in the model's dtype, from the stage before; for every other stage."""
+    """[P, D] in the model's dtype, from the stage before; for every other stage."""
 
     @classmethod
     def from_microbatch(
-        cls, microbatch: MicroBatch, *, block_size: int, device: torch.device, hidden: torch.Tensor | None = None
+        cls,
+        microbatch: MicroBatch,
+        *,
+        block_size: int,
+        device: torch.device,
+        lane: int = 0,
+        hidden: torch.Tensor | None = None,
     ) -> StageInputs:
-        """Make the tensors of a microbatch. `hidden` is given on every stage but the first."""
+        """Make the tensors of a microbatch on a rank of `lane`. `hidden` is given on every stage but the first."""
         ends = np.cumsum(microbatch.query_lens, dtype=np.int64) - 1
         drawn = np.asarray(microbatch.samples, bool) & (np.asarray(microbatch.query_lens) > 0)
         token_ids = None
         if hidden is None:
             token_ids = torch.from_numpy(np.asarray(microbatch.token_ids, np.int64)).to(device)
         return cls(
-            metadata=build_metadata(microbatch, block_size, device),
+            metadata=build_metadata(microbatch, block_size, device, lane=lane),
             sample_indices=torch.from_numpy(ends[drawn]).to(device),
             token_ids=token_ids,
             hidden=hidden,
@@ -63,7 +70,7 @@ class StageModel(ABC):
     Args:
         config: the whole model.
         layers: the layers of this stage, out of range(config.num_layers).
-        tp: communicator of the tensor-parallel axis.
+        axes: communicators of the stage.
         backend: attention backend for all layers.
         dtype: of weights, activations and pages.
         device: of weights.
@@ -77,7 +84,7 @@ class StageModel(ABC):
         config: ModelConfig,
         *,
         layers: range,
-        tp: Communicator,
+        axes: StageAxes,
         backend: AttentionBackend,
         dtype: torch.dtype,
         device: torch.device,
@@ -88,10 +95,11 @@ class StageModel(ABC):
                 found=f"the model has {config.num_layers} layers",
                 fix="each stage needs at least one layer of the model",
             )
-        config.check_tp(tp.size)
+        config.check_tp(axes.tp.size)
         self.config = config
         self.layer_range = layers
-        self.tp = tp
+        self.axes = axes
+        self.stream = token_stream(axes)
         self.backend = backend
         self.dtype = dtype
         self.device = device
@@ -100,10 +108,10 @@ class StageModel(ABC):
 
     @abstractmethod
     def forward(self, inputs: StageInputs, kv: KvPool) -> Segments:
-        """Compute the stage's layers for one microbatch; a generator, see `layers.segments`.
+        """Compute the stage's layers for one microbatch; a generator, see `parallel.segments`.
 
         Returns (as the generator's value):
-            hidden [T, D] in the model's dtype, or on the last stage float32 logits [S, V], the same on all tp ranks.
+            hidden [P, D] in the model's dtype, or on the last stage float32 logits [S, V], the same on all tp ranks.
         """
 
     @abstractmethod
@@ -122,7 +130,7 @@ class StageModel(ABC):
 
     def kv_layout(self, block_size: int) -> KvLayout:
         """The pages of one layer on this rank, as the backend wants them."""
-        heads = max(self.config.num_kv_heads // self.tp.size, 1)
+        heads = max(self.config.num_kv_heads // self.axes.tp.size, 1)
         return self.backend.kv_layout(block_size, heads, self.config.head_dim)
 
     def allocate_kv(self, *, num_blocks: int, block_size: int) -> KvPool:

@@ -10,6 +10,7 @@ from hpcinfer.comm.bootstrap import World, local_world, split, split_channel
 from hpcinfer.comm.communicator import Communicator
 from hpcinfer.comm.host import HostChannel
 from hpcinfer.errors import ConfigError
+from hpcinfer.parallel.axes import StageAxes
 from hpcinfer.parallel.mesh import Mesh
 
 
@@ -18,20 +19,24 @@ class ReplicaGroups:
     """What one rank talks through inside its replica. Each communicator is independent of the others."""
 
     mesh: Mesh
-    tp: Communicator
-    """Among the tp ranks of this stage and lane; a LocalCommunicator when tp is 1."""
+    axes: StageAxes
+    """Among the ranks of this stage: what its layers use."""
     from_previous: Communicator | None
     """Two ranks: 0 is this rank's neighbour in the previous stage, 1 is this rank. None on the first stage."""
     to_next: Communicator | None
     """Two ranks: 0 is this rank, 1 its neighbour in the next stage. None on the last stage."""
-    tokens: Communicator | None
-    """Two ranks: 0 is the sampler (last stage, tp rank 0), 1 the leader. None on all others, and when pp is 1."""
+    tokens: dict[int, Communicator]
+    """Lane -> the link on which its drawn tokens return. Two ranks each: 0 is the lane's sampler (last stage, tp rank 0), 1 the
+    leader. On the leader every lane whose sampler is another rank, on such a sampler its own lane, empty on all others."""
     control: HostChannel
     """Objects among all ranks of the replica; rank 0 is the leader."""
 
     def communicators(self) -> list[Communicator]:
-        """Those that this rank has, for summing counters, checks and warm-up."""
-        return [c for c in (self.tp, self.from_previous, self.to_next, self.tokens) if c is not None]
+        """Those that this rank has, each once, for summing counters, checks and warm-up."""
+        axes = self.axes
+        ep = [axes.ep] if axes.ep_spans_lanes else []
+        links = [link for link in (self.from_previous, self.to_next) if link is not None]
+        return [axes.tp, axes.sp, *ep, *links, *self.tokens.values()]
 
     def warmup(self) -> None:
         """Connect every communicator. Collective over the replica."""
@@ -54,13 +59,16 @@ class ReplicaGroups:
         self.control.close()
 
 
-def build_groups(world: World, mesh: Mesh, device: torch.device = torch.device("cpu")) -> ReplicaGroups:
+def build_groups(
+    world: World, mesh: Mesh, device: torch.device = torch.device("cpu"), *, sequence_form: bool = False
+) -> ReplicaGroups:
     """The groups of this rank. Collective over the whole world, all replicas included.
 
     Args:
         world: its size must be the mesh's.
         mesh: as this rank sees it (`mesh.rank` is `world.rank`).
         device: where tensors live.
+        sequence_form: the residual stream lies in token shards on the tp ranks.
 
     Raises:
         ConfigError: mesh and world do not belong together.
@@ -71,7 +79,7 @@ def build_groups(world: World, mesh: Mesh, device: torch.device = torch.device("
             found=f"a world of {world.size} ranks, rank {world.rank}",
             fix="use Mesh.of(world.size, ..., rank=world.rank)",
         )
-    tp = split(world, mesh.axis_ranks("tp"), "tp", device)
+    axes = _stage_axes(world, mesh, device, sequence_form)
     # One split makes disjoint groups only, and a middle stage is on two links: even ones first, then odd ones.
     links = {}
     for parity in (0, 1):
@@ -84,13 +92,31 @@ def build_groups(world: World, mesh: Mesh, device: torch.device = torch.device("
                 break
         else:
             split(world, None, "pp", device)
-    # With several lanes each lane's sampler needs a link of its own; lane 0's is made here.
-    ends = [mesh.rank_of(stage=mesh.pp - 1, lane=0, tp_rank=0), mesh.leader]
-    tokens = split(world, ends if mesh.pp > 1 and mesh.rank in ends else None, "tokens", device)
-    control = split_channel(world, mesh.replica_ranks(), "control")
     return ReplicaGroups(
-        mesh=mesh, tp=tp, from_previous=links.get(-1), to_next=links.get(+1), tokens=tokens, control=control
+        mesh=mesh, axes=axes, from_previous=links.get(-1), to_next=links.get(+1),
+        tokens=_token_links(world, mesh, device), control=split_channel(world, mesh.replica_ranks(), "control"),
     )
+
+
+def _stage_axes(world: World, mesh: Mesh, device: torch.device, sequence_form: bool) -> StageAxes:
+    tp = split(world, mesh.axis_ranks("tp"), "tp", device)
+    sp = split(world, mesh.axis_ranks("sp"), "sp", device)
+    if mesh.ep == mesh.tp:
+        ep = tp
+    else:
+        ep = split(world, mesh.stage_ranks() if mesh.ep > 1 else [mesh.rank], "ep", device)
+    return StageAxes(tp=tp, sp=sp, ep=ep, sequence_form=sequence_form)
+
+
+def _token_links(world: World, mesh: Mesh, device: torch.device) -> dict[int, Communicator]:
+    links = {}
+    for lane in range(mesh.sp):
+        ends = [mesh.rank_of(stage=mesh.pp - 1, lane=lane, tp_rank=0), mesh.leader]
+        is_end = mesh.rank in ends and ends[0] != ends[1]
+        link = split(world, ends if is_end else None, f"tokens {lane}" if mesh.sp > 1 else "tokens", device)
+        if link is not None:
+            links[lane] = link
+    return links
 
 
 def local_groups(device: torch.device = torch.device("cpu")) -> ReplicaGroups:

@@ -1,47 +1,91 @@
-"""Runs microbatches through one stage, in the order of their ticks."""
+"""Runs the steps of one stage, in the order of their ticks."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+
 import torch
 
-from hpcinfer.batch import MicroBatch
+from hpcinfer.batch import MicroBatch, Step
+from hpcinfer.comm.communicator import Handle
 from hpcinfer.kvcache.pool import KvPool
-from hpcinfer.layers.segments import run_to_end
 from hpcinfer.models.base import StageInputs, StageModel
+from hpcinfer.parallel.segments import Segments
+from hpcinfer.pipeline.schedule import interleave
 from hpcinfer.pipeline.transfer import StageLinks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PreparedStep:
+    """A step whose activations are on their way to this stage."""
+
+    step: Step
+    arriving: tuple[Handle | None, ...]
+    """One for each part; None on the first stage and where the lane has no tokens."""
 
 
 class StageRunner:
     """One stage of a replica on one rank: receive, compute, send.
 
-    Shape letters: S sequences of the microbatch that draw a token, V vocabulary.
+    Shape letters: S sequences of the step that draw a token on this lane, V vocabulary.
+
+    Args:
+        model, kv, links: of this stage.
+        lane: of this rank.
     """
 
-    def __init__(self, model: StageModel, kv: KvPool, links: StageLinks) -> None:
+    def __init__(self, model: StageModel, kv: KvPool, links: StageLinks, *, lane: int) -> None:
         self._model = model
         self._kv = kv
         self._links = links
+        self._lane = lane
+
+    def prepare(self, step: Step) -> PreparedStep:
+        """Post the receives of a step, perhaps long before it is computed. Steps are prepared in the order of their ticks."""
+        arriving = tuple(
+            None if self._links.is_first or not part.num_tokens
+            else self._links.receive(self._model.stream.num_rows(part.num_tokens))
+            for part in step.parts
+        )
+        return PreparedStep(step=step, arriving=arriving)
 
     @torch.inference_mode()
-    def run(self, batch: MicroBatch) -> torch.Tensor | None:
-        """Compute a microbatch on this stage.
+    def run(self, prepared: PreparedStep, *, between: Callable[[], None] | None = None) -> torch.Tensor | None:
+        """Compute a step on this stage; its parts take turns.
+
+        Args:
+            between: called between segments of computation.
 
         Returns:
             float32 logits [S, V] on the last stage; None on the others, whose activations are on their way.
         """
-        arriving = None if self._links.is_first else self._links.receive(batch.num_tokens)
-        inputs = StageInputs.from_microbatch(
-            batch,
-            block_size=self._kv.layout.block_size,
-            device=self._model.device,
-            hidden=arriving.wait() if arriving else None,
-        )
-        output = run_to_end(self._model.forward(inputs, self._kv))
-        if self._links.is_last:
-            return output
-        self._links.send(output)
-        return None
+        active = [
+            (part, arriving) for part, arriving in zip(prepared.step.parts, prepared.arriving, strict=True)
+            if self._takes_part(part)
+        ]
+        outputs = interleave([self._forward(part, arriving) for part, arriving in active], between=between)
+        if not self._links.is_last:
+            return None
+        return torch.cat(outputs) if outputs else None
 
     def drain(self) -> None:
         """Return when everything sent has left."""
         self._links.drain()
+
+    def _takes_part(self, part: MicroBatch) -> bool:
+        """A lane without tokens of its own computes only where other lanes need it."""
+        return bool(part.num_tokens or any(part.shared_lens) or self._model.axes.ep_spans_lanes)
+
+    def _forward(self, part: MicroBatch, arriving: Handle | None) -> Segments:
+        """One microbatch: wait for its activations, compute, send on."""
+        hidden = None
+        if not self._links.is_first:
+            hidden = (yield arriving) if arriving is not None else self._links.empty()
+        inputs = StageInputs.from_microbatch(
+            part, block_size=self._kv.layout.block_size, device=self._model.device, lane=self._lane, hidden=hidden
+        )
+        output = yield from self._model.forward(inputs, self._kv)
+        if not self._links.is_last and part.num_tokens:
+            self._links.send(output)
+        return output

@@ -12,7 +12,7 @@ import zlib
 
 import numpy as np
 
-from hpcinfer.batch import MicroBatch
+from hpcinfer.batch import MicroBatch, Step
 from hpcinfer.errors import ConfigError, ReplicaDivergedError, RowError
 from hpcinfer.kvcache.blocks import BlockManager
 from hpcinfer.request import NOT_A_TOKEN, FinishReason, Request
@@ -167,7 +167,7 @@ class Scheduler:
             ended += self._give_up_all()
         return ended
 
-    def schedule(self) -> MicroBatch | None:
+    def schedule(self) -> Step | None:
         """Choose this tick's tokens; None when nothing can be computed."""
         chosen: list[tuple[Sequence, int]] = []
         budget = self.limits.max_batch_tokens
@@ -190,7 +190,11 @@ class Scheduler:
             budget -= num_tokens
         if not promised:
             self._admit(chosen, budget, room)
-        return self._microbatch(chosen) if chosen else None
+        if not chosen:
+            return None
+        batch = self._microbatch(chosen)
+        drawn = tuple(i for i, draws in zip(batch.sequence_ids, batch.samples, strict=True) if draws)
+        return Step(tick=self._tick, parts=(batch,), drawing=(drawn,))
 
     # -- inside -----------------------------------------------------------------------------------------------------------
 

@@ -88,14 +88,14 @@ class Case:
                 query_lens=microbatch.context_lens, context_lens=np.zeros_like(microbatch.context_lens),
             )
             old = [torch.cat(part[0::2]) for part in parts]
-            backend.write(*old, k_cache, v_cache, build_metadata(past, self.block_size, CPU))
+            backend.write(*old, k_cache, v_cache, build_metadata(past, self.block_size, CPU).slot_mapping)
         k, v = (torch.cat(part[1::2]) for part in parts) if lens else kv
         spec = AttentionSpec(
             num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim,
             scale=self.head_dim**-0.5, sliding_window=self.window,
         )
         metadata = build_metadata(microbatch, self.block_size, CPU)
-        backend.write(k, v, k_cache, v_cache, metadata)
+        backend.write(k, v, k_cache, v_cache, metadata.slot_mapping)
         first = backend.forward(q, k, v, k_cache, v_cache, metadata, spec)
         # A second layer uses what the first left in the metadata's scratch and in the backend's buffers.
         second = backend.forward(q, k, v, k_cache, v_cache, metadata, spec)
@@ -181,7 +181,7 @@ def test_naive_against_the_formula():
     metadata = build_metadata(microbatch, 2, CPU)
     backend = NaiveBackend()
     pages = [torch.full(backend.kv_layout(2, 1, 4).shape(2), float("nan"), dtype=torch.float64) for _ in range(2)]
-    backend.write(k, v, *pages, metadata)
+    backend.write(k, v, *pages, metadata.slot_mapping)
     spec = AttentionSpec(
         num_heads=1, num_kv_heads=1, head_dim=4, scale=0.5, sliding_window=2, softcap=1.5, sinks=torch.tensor([0.25])
     )

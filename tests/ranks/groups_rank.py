@@ -75,7 +75,7 @@ def layout_case(world: World, sizes: dict[str, int]) -> None:
     mesh = Mesh.of(world.size, **sizes, rank=world.rank)
     groups = build_groups(world, mesh)
     groups.warmup()
-    total = groups.tp.all_reduce(torch.tensor([float(world.rank)])).wait()
+    total = groups.axes.tp.all_reduce(torch.tensor([float(world.rank)])).wait()
     assert total.item() == sum(mesh.axis_ranks("tp")), (sizes, total)
     # A token of every stage's rank travels down the pipeline and back to the leader.
     baggage = torch.tensor([float(world.rank)])

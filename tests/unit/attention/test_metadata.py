@@ -22,6 +22,6 @@ def test_positions_and_slots():
     assert metadata.seq_lens.tolist() == [4, 6, 5]
     assert metadata.block_tables.tolist() == [[2, 0], [5, 1], [4, 3]]
     assert (metadata.max_query_len, metadata.max_seq_len, metadata.num_decodes) == (4, 6, 1)
-    assert (metadata.num_tokens, metadata.num_sequences) == (7, 3)
+    assert (metadata.num_tokens, metadata.num_entries) == (7, 3)
     assert [metadata.positions.dtype, metadata.slot_mapping.dtype] == [torch.int64] * 2
     assert [metadata.query_start_loc.dtype, metadata.seq_lens.dtype, metadata.block_tables.dtype] == [torch.int32] * 3

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from hpcinfer.comm.communicator import Communicator, Handle
-from hpcinfer.layers.segments import Segments, run_to_end
+from hpcinfer.parallel.segments import Segments, run_to_end
 
 
 class PendingTransfer(Handle):

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from hpcinfer.layers.embedding import ParallelHead, VocabParallelEmbedding
-from hpcinfer.layers.segments import run_to_end
+from hpcinfer.parallel.segments import run_to_end
 from hpcinfer.comm.local import LocalCommunicator
+from hpcinfer.parallel.tensor import ReplicatedStream
 from tests.unit.layers.lockstep import LockstepCommunicator, run_lockstep
 
 CPU = torch.device("cpu")
@@ -21,10 +22,11 @@ def test_embedding_and_head(tp, vocab):
     ids = torch.arange(vocab).repeat(2)
     lookups, projections = [], []
     for rank in range(tp):
-        place = {"tp": LockstepCommunicator(rank, tp), "dtype": torch.float32, "device": CPU}
-        embedding = VocabParallelEmbedding(vocab, 6, **place)
+        place = {"dtype": torch.float32, "device": CPU}
+        comm = LockstepCommunicator(rank, tp)
+        embedding = VocabParallelEmbedding(vocab, 6, stream=ReplicatedStream(comm), **place)
         embedding.load_weight(weight)
-        head = ParallelHead(vocab, 6, tied=embedding, **place)
+        head = ParallelHead(vocab, 6, tied=embedding, tp=comm, **place)
         assert head.weight.data_ptr() == embedding.weight.data_ptr()
         lookups.append(embedding.forward(ids))
         projections.append(head.forward(weight))
@@ -35,8 +37,9 @@ def test_embedding_and_head(tp, vocab):
 
 
 def test_one_rank_needs_no_transfer():
-    place = {"tp": LocalCommunicator("tp"), "dtype": torch.bfloat16, "device": CPU}
-    embedding, head = VocabParallelEmbedding(11, 4, **place), ParallelHead(11, 4, **place)
+    place, comm = {"dtype": torch.bfloat16, "device": CPU}, LocalCommunicator("tp")
+    embedding = VocabParallelEmbedding(11, 4, stream=ReplicatedStream(comm), **place)
+    head = ParallelHead(11, 4, tp=comm, **place)
     full = torch.randn(11, 4)
     embedding.load_weight(full), head.load_weight(full)
     with pytest.raises(StopIteration):

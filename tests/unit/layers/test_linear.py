@@ -11,6 +11,7 @@ from hpcinfer.errors import CheckpointError, ConfigError
 from hpcinfer.layers.linear import (
     ColumnParallelLinear, MergedColumnParallelLinear, QkvParallelLinear, RowParallelLinear
 )
+from hpcinfer.parallel.tensor import ReplicatedStream
 from tests.unit.layers.lockstep import LockstepCommunicator, run_lockstep
 
 DOUBLE = {"dtype": torch.float64, "device": torch.device("cpu")}
@@ -30,7 +31,7 @@ def test_column_then_row(tp, size):
     for rank in range(tp):
         comm = LocalCommunicator("tp") if tp == 1 else LockstepCommunicator(rank, tp)
         column = ColumnParallelLinear(6, size, bias=True, tp=comm, **DOUBLE)
-        row = RowParallelLinear(size, 4, bias=True, tp=comm, **DOUBLE)
+        row = RowParallelLinear(size, 4, bias=True, stream=ReplicatedStream(comm), **DOUBLE)
         column.load_weight(w1), column.load_bias(b1), row.load_weight(w2), row.load_bias(b2)
         forwards.append(row.forward(column.forward(x)))
     wanted = F.linear(F.linear(x, w1, b1), w2, b2)
@@ -92,7 +93,7 @@ def test_wrong_shapes_are_refused():
     with pytest.raises(CheckpointError, match=r"(?s)\(4, 6\), expected \(5, 6\)"):
         ColumnParallelLinear(6, 5, bias=False, tp=comm, **DOUBLE).load_weight(random(4, 6))
     with pytest.raises(CheckpointError, match=r"\(5, 5\), expected \(5, 6\)"):
-        RowParallelLinear(6, 5, bias=False, tp=comm, **DOUBLE).load_weight(random(5, 5))
+        RowParallelLinear(6, 5, bias=False, stream=ReplicatedStream(comm), **DOUBLE).load_weight(random(5, 5))
 
 
 def test_loading_casts():

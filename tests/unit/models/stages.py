@@ -16,6 +16,7 @@ from hpcinfer.kvcache.pool import KvPool
 from hpcinfer.models.base import StageInputs, StageModel
 from hpcinfer.models.registry import model_class
 from hpcinfer.models.weights import Checkpoint, load_stage
+from hpcinfer.parallel.axes import StageAxes
 from tests.unit.layers.lockstep import LockstepCommunicator, run_lockstep
 
 CPU = torch.device("cpu")
@@ -34,7 +35,7 @@ def build_stages(
         ranks = []
         for rank in range(tp):
             comm = LocalCommunicator("tp") if tp == 1 else LockstepCommunicator(rank, tp)
-            model = model_class(config)(config, layers=layers, tp=comm, backend=backend(), dtype=dtype, device=CPU)
+            model = model_class(config)(config, layers=layers, axes=StageAxes(tp=comm), backend=backend(), dtype=dtype, device=CPU)
             load_stage(model, checkpoint)
             ranks.append(model)
         built.append(ranks)

@@ -13,6 +13,7 @@ from hpcinfer.config.model import ModelConfig
 from hpcinfer.models import footprint
 from hpcinfer.models.llama import LlamaStage
 from hpcinfer.models.random_weights import fill_random
+from hpcinfer.parallel.axes import StageAxes
 from tests.unit.layers.lockstep import LockstepCommunicator
 from tests.unit.models.stages import Replica
 
@@ -30,7 +31,7 @@ CONFIGS = {
 
 def make(config: ModelConfig, layers: range, rank: int = 0, tp: int = 1) -> LlamaStage:
     comm = LocalCommunicator("tp") if tp == 1 else LockstepCommunicator(rank, tp)
-    return LlamaStage(config, layers=layers, tp=comm, backend=SdpaBackend(), dtype=torch.bfloat16, device=CPU)
+    return LlamaStage(config, layers=layers, axes=StageAxes(tp=comm), backend=SdpaBackend(), dtype=torch.bfloat16, device=CPU)
 
 
 def stored(thing: object, seen: dict[int, int]) -> int:
@@ -74,7 +75,7 @@ def test_random_model_is_the_same_in_every_layout(tp, stages):
         for layers in stages:
             ranks = [
                 LlamaStage(
-                    config, layers=layers, tp=LockstepCommunicator(rank, tp) if tp > 1 else LocalCommunicator("tp"),
+                    config, layers=layers, axes=StageAxes(tp=LockstepCommunicator(rank, tp) if tp > 1 else LocalCommunicator("tp")),
                     backend=SdpaBackend(), dtype=torch.float32, device=CPU,
                 )
                 for rank in range(tp)

@@ -16,6 +16,7 @@ from hpcinfer.errors import CheckpointError, ConfigError
 from hpcinfer.models.llama import LlamaStage
 from hpcinfer.models.registry import MODELS, model_class
 from hpcinfer.models.weights import Checkpoint, check_tensors, load_stage
+from hpcinfer.parallel.axes import StageAxes
 from tests.checkpoints import make_checkpoint
 from tests.unit.layers.lockstep import LockstepCommunicator
 
@@ -46,7 +47,7 @@ def sharded(original_sharded, tmp_path):
 def stage(folder, dtype=torch.float32, layers=None, tp=None) -> LlamaStage:
     config = ModelConfig.from_folder(folder)
     return LlamaStage(
-        config, layers=range(config.num_layers) if layers is None else layers, tp=tp or LocalCommunicator("tp"),
+        config, layers=range(config.num_layers) if layers is None else layers, axes=StageAxes(tp=tp or LocalCommunicator("tp")),
         backend=NaiveBackend(), dtype=dtype, device=CPU,
     )
 

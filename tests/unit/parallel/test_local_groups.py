@@ -17,8 +17,8 @@ from hpcinfer.parallel.mesh import Mesh
 
 def test_local_groups():
     groups = local_groups(torch.device("cpu"))
-    assert isinstance(groups.tp, LocalCommunicator) and isinstance(groups.control, LocalHostChannel)
-    assert groups.from_previous is groups.to_next is groups.tokens is None
+    assert isinstance(groups.axes.tp, LocalCommunicator) and isinstance(groups.control, LocalHostChannel)
+    assert groups.from_previous is groups.to_next is None and not groups.tokens
     groups.warmup()
     groups.check()
     assert groups.wait_s() == 0.0
@@ -57,7 +57,7 @@ def test_a_single_process_never_loads_mpi():
         "import sys\n"
         "from hpcinfer.parallel.groups import local_groups\n"
         "import torch\n"
-        "local_groups().tp.all_reduce(torch.ones(2)).wait()\n"
+        "local_groups().axes.tp.all_reduce(torch.ones(2)).wait()\n"
         "assert 'mpi4py' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

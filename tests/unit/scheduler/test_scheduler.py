@@ -68,9 +68,10 @@ class SimulatedReplica:
         )
         ended = self.scheduler.apply(message)
         self.follower.apply(message)
-        batch, other = self.scheduler.schedule(), self.follower.schedule()
-        assert (batch is None) == (other is None)
-        if batch is not None:
+        step, other_step = self.scheduler.schedule(), self.follower.schedule()
+        assert (step is None) == (other_step is None)
+        if step is not None:
+            (batch,), (other,) = step.parts, other_step.parts
             assert batch.sequence_ids == other.sequence_ids
             np.testing.assert_array_equal(batch.block_tables, other.block_tables)
             self.batches.append(batch)
@@ -79,7 +80,7 @@ class SimulatedReplica:
         return ended
 
     def execute(self, batch: MicroBatch) -> tuple[list[int], list[int]]:
-        assert len(set(batch.sequence_ids)) == batch.num_sequences
+        assert len(set(batch.sequence_ids)) == batch.num_entries
         assert batch.num_tokens <= self.limits.max_batch_tokens
         start, ids, tokens = 0, [], []
         for index, sequence_id in enumerate(batch.sequence_ids):
@@ -152,7 +153,7 @@ def test_with_a_lag_that_many_microbatches_are_in_flight_and_balanced():
     run(replica, [request(row, 4, max_tokens=20, ignore_eos=True) for row in range(16)])
     assert replica.scheduler.counters.max_in_flight == 2
     decodes = [batch for batch in replica.batches if batch.num_prefill_tokens == 0]
-    assert {batch.num_sequences for batch in decodes} == {8}
+    assert {batch.num_entries for batch in decodes} == {8}
 
 
 def test_a_sequence_is_never_in_two_microbatches_before_its_token_exists():
