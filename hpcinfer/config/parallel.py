@@ -8,6 +8,9 @@ from hpcinfer.config.model import ModelConfig
 from hpcinfer.errors import ConfigError
 
 
+SEQUENCE_PHASES = ("prefill",)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
     """The `[parallel]` section. World size = dp x pp x sp x tp."""
@@ -16,14 +19,34 @@ class ParallelConfig:
     """Tensor parallel ranks: each layer's heads and MLP columns are split over them. Default 1."""
     pp: int = 1
     """Pipeline stages: the layers are split over them. Default 1."""
+    sp: int = 1
+    """Sequence parallel lanes: in prefill a long prompt's tokens are split over them, in decode each lane has sequences of its
+    own. Weights are replicated over lanes. For long prompts, and to spread experts wide (ep = sp * tp). Default 1."""
+    ep: int = 1
+    """Ranks of a stage over which experts are spread: 1 (each expert is split over tp like any MLP), tp, or sp * tp. Only for
+    mixtures of experts. Default 1."""
     dp: int = 0
     """Replicas, each a whole model. Default 0: as many as the ranks allow."""
     layer_split: tuple[int, ...] = ()
-    """Layers of each stage, first to last. Default (): split by cost, the head counted."""
+    """Layers of each stage, first to last. Default (): split by cost, embedding and head counted."""
+    microbatches: int = 0
+    """Steps in flight at once. More than pp hides the transfers between stages, at the price of smaller steps. Default 0: pp."""
+    sequence_form: bool = False
+    """Tensor parallel ranks keep the residual stream in token shards: reduce-scatter and all-gather instead of all-reduce, norms
+    computed once, pp sends 1/tp of the activations. The same numbers. Default false."""
+    two_batch: str = "auto"
+    """Two-batch overlap: a step with at least this many tokens is divided in two, and one half's transfers run while the other
+    computes. A number of tokens, "off", or "auto": measured at the start, on where it gains. Default "auto"."""
+    sp_min_tokens: int = 512
+    """Prompts shorter than this are prefilled by one lane alone. Default 512."""
+    sp_phase: str = "prefill"
+    """The phase that lanes split a sequence in: "prefill", the only one there is."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layer_split", tuple(self.layer_split))
-        for name, least in (("tp", 1), ("pp", 1), ("dp", 0)):
+        for name, least in (
+            ("tp", 1), ("pp", 1), ("sp", 1), ("ep", 1), ("dp", 0), ("microbatches", 0), ("sp_min_tokens", 1),
+        ):
             value = getattr(self, name)
             if value < least:
                 raise ConfigError(f"parallel.{name} = {value}", fix=f"give {least} or more")
@@ -32,11 +55,32 @@ class ParallelConfig:
                 f"parallel.layer_split = {list(self.layer_split)} for {self.pp} stages",
                 fix=f"give {self.pp} numbers of at least one layer each",
             )
+        if self.ep not in (allowed := sorted({1, self.tp, self.sp * self.tp})):
+            raise ConfigError(
+                f"parallel.ep = {self.ep} with sp = {self.sp} and tp = {self.tp}",
+                fix=f"ep must be 1, tp or sp * tp: one of {', '.join(map(str, allowed))}",
+            )
+        if self.sp_phase not in SEQUENCE_PHASES:
+            raise ConfigError(
+                f"parallel.sp_phase = {self.sp_phase!r}: sequence parallelism splits prompts in prefill only",
+                found="a decode has one token a sequence, so there is nothing to split; gathering its keys and values from "
+                "other lanes would put a transfer into every layer of every token",
+                fix='leave sp_phase at "prefill": in decode every lane works on sequences of its own',
+            )
+        if self.two_batch not in ("auto", "off") and not self.two_batch.isdecimal():
+            raise ConfigError(
+                f"parallel.two_batch = {self.two_batch!r}", fix='give "auto", "off" or the smallest number of tokens'
+            )
 
     @property
     def replica_size(self) -> int:
         """Ranks of one replica."""
-        return self.pp * self.tp
+        return self.pp * self.sp * self.tp
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps in flight at once: tick n uses the results up to tick n minus this."""
+        return self.microbatches or self.pp
 
 
 def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
@@ -53,4 +97,8 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
             f"parallel.layer_split = {list(parallel.layer_split)} does not add up to the layers",
             found=f"{sum(parallel.layer_split)} in the split, {model.num_layers} in the model",
             fix="leave layer_split out to split by cost",
+        )
+    if parallel.ep > 1 and not model.num_experts:
+        raise ConfigError(
+            f"parallel.ep = {parallel.ep} for a model without experts", found=model.family, fix="set parallel.ep = 1"
         )

@@ -19,6 +19,7 @@ from hpcinfer.config.job import EngineSection
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.config.parallel import ParallelConfig, check_layout
 from hpcinfer.engine.memory import context_limit, num_kv_blocks
+from hpcinfer.engine.overlap import two_batch_tokens
 from hpcinfer.engine.replica import Replica
 from hpcinfer.engine.worker import Worker
 from hpcinfer.models.base import StageModel
@@ -45,6 +46,8 @@ class ReplicaPlan:
     device: torch.device
     """Where this rank computes."""
     attention: AttentionBackend
+    two_batch: str
+    """`parallel.two_batch`; what it comes to is measured when the weights are there."""
     limits: SchedulerLimits
     """Agreed over the replica."""
 
@@ -85,11 +88,14 @@ def plan_replica(
         max_batch_tokens=engine.max_batch_tokens,
         max_sequences=engine.max_sequences,
         max_context=context_limit(model, engine),
-        lag=parallel.pp,
+        lag=parallel.num_in_flight,
+        num_lanes=parallel.sp,
+        sp_min_tokens=parallel.sp_min_tokens,
         eos_token_ids=frozenset(model.eos_token_ids),
     )
     return ReplicaPlan(
-        model=model, dtype=dtype, layers=layers, device=device, attention=attention, limits=limits
+        model=model, dtype=dtype, layers=layers, device=device, attention=attention, two_batch=parallel.two_batch,
+        limits=limits,
     )
 
 
@@ -149,6 +155,9 @@ def build_replica(
         links = StageLinks(
             groups.from_previous, groups.to_next, hidden_size=plan.model.hidden_size, dtype=dtype, device=plan.device
         )
-        worker = Worker(StageRunner(model, kv, links, lane=groups.mesh.lane), groups, device=plan.device, clock=clock)
+        lane = groups.mesh.lane
+        worker = Worker(StageRunner(model, kv, links, lane=lane), groups, device=plan.device, clock=clock)
         groups.warmup()
-    return Replica(worker=worker, scheduler=Scheduler(plan.limits), control=groups.control)
+        tokens = two_batch_tokens(plan.two_batch, model, kv, plan.limits, groups.control, lane=lane)
+        limits = dataclasses.replace(plan.limits, two_batch_tokens=tokens)
+    return Replica(worker=worker, scheduler=Scheduler(limits, lane), control=groups.control)

@@ -115,6 +115,12 @@ class StageModel(ABC):
         """
 
     @abstractmethod
+    def run_layers(
+        self, hidden: torch.Tensor, metadata: AttentionMetadata, kv: KvPool, num_layers: int
+    ) -> Segments:
+        """The first `num_layers` layers of the stage alone: hidden [P, D] -> [P, D]. For measuring them."""
+
+    @abstractmethod
     def weights(self) -> dict[str, WeightLoader]:
         """Tensors of the checkpoint that this stage needs, each with what takes it."""
 

@@ -126,14 +126,20 @@ class DecoderStage(StageModel):
         hidden = inputs.hidden
         if self.embedding is not None:
             hidden = yield from self.embed(inputs)
-        rotary = self.rotary.tables(metadata.positions) if self.rotary else None
-        for index, layer in enumerate(self.layers):
-            hidden = yield from layer.forward(hidden, rotary, metadata, kv.layer(index))
+        hidden = yield from self.run_layers(hidden, metadata, kv, len(self.layers))
         if self.head is None:
             return hidden
         drawn = yield from self.stream.select(hidden, inputs.sample_indices, metadata.num_tokens, label="head")
         logits = yield from self.head.forward(self.norm.forward(drawn))
         return logits
+
+    def run_layers(
+        self, hidden: torch.Tensor, metadata: AttentionMetadata, kv: KvPool, num_layers: int
+    ) -> Segments:
+        rotary = self.rotary.tables(metadata.positions) if self.rotary else None
+        for index, layer in enumerate(self.layers[:num_layers]):
+            hidden = yield from layer.forward(hidden, rotary, metadata, kv.layer(index))
+        return hidden
 
     def weights(self) -> dict[str, WeightLoader]:
         loaders: dict[str, WeightLoader] = {}

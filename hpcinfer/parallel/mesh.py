@@ -176,7 +176,8 @@ class Mesh:
         return dataclasses.replace(self, rank=rank)
 
     def __str__(self) -> str:
-        return f"dp {self.dp} x pp {self.pp} x sp {self.sp} x tp {self.tp}"
+        experts = f", ep {self.ep}" if self.ep > 1 else ""
+        return f"dp {self.dp} x pp {self.pp} x sp {self.sp} x tp {self.tp}{experts}"
 
     def _coordinates(self) -> tuple[int, int, int, int]:
         return (self.replica, self.stage, self.lane, self.tp_rank)

@@ -64,7 +64,9 @@ def run_job(
     checked = agree_or_raise(
         world.channel, lambda: check_job(job, world.size, environment), deadline_s=_NO_DEADLINE
     )
-    groups = build_groups(world, checked.mesh.at(world.rank), device)
+    groups = build_groups(
+        world, checked.mesh.at(world.rank), device, sequence_form=job.parallel.sequence_form
+    )
     plan = plan_replica(
         checked.model, job.parallel, job.engine, groups, world.channel, dtype=job.model.dtype, device=device,
         available_bytes=available_host_bytes(world.local_size),

@@ -43,7 +43,9 @@ def check_job(job: JobConfig, world_size: int, environment: LaunchEnvironment) -
     parallel = job.parallel
     model = ModelConfig.from_folder(job.model.path)
     check_layout(model, parallel)
-    mesh = Mesh.of(world_size, pp=parallel.pp, tp=parallel.tp, dp=parallel.dp or None)
+    mesh = Mesh.of(
+        world_size, pp=parallel.pp, sp=parallel.sp, tp=parallel.tp, ep=parallel.ep, dp=parallel.dp or None
+    )
     context_limit(model, job.engine)
     check_tensors(Checkpoint(job.model.path), model_class(model), model)
     with open_job_prompts(job) as reader:

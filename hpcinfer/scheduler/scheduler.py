@@ -38,6 +38,12 @@ class SchedulerLimits:
     """Tick n uses the results up to tick n - lag; also the number of microbatches in flight."""
     eos_token_ids: frozenset[int]
     """The model's own end-of-sequence ids."""
+    num_lanes: int = 1
+    """Lanes of the replica (sp)."""
+    sp_min_tokens: int = 0
+    """Sequences with fewer tokens to prefill are prefilled by their owner lane alone; read with more than one lane."""
+    two_batch_tokens: int = 0
+    """A step with at least this many tokens in its fullest lane is divided into two parts; 0 is off."""
 
     @property
     def num_tokens(self) -> int:
@@ -89,7 +95,7 @@ class EndedSequence:
 class Scheduler:
     """Decides which tokens every tick computes. Use: `apply(message)`, then `schedule()`, once a tick each."""
 
-    def __init__(self, limits: SchedulerLimits) -> None:
+    def __init__(self, limits: SchedulerLimits, lane: int = 0) -> None:
         self.limits = limits
         self.blocks = BlockManager(limits.num_blocks, limits.block_size, release_lag=limits.lag)
         self.counters = SchedulerCounters()

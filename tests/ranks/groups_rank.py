@@ -17,6 +17,7 @@ from hpcinfer.parallel.mesh import Mesh
 LAYOUTS = [
     (4, {"tp": 4}), (4, {"pp": 4}), (4, {"pp": 2, "tp": 2}), (4, {"tp": 2}), (4, {"pp": 2}), (4, {}),
     (3, {"pp": 3}), (3, {"tp": 3}), (2, {"tp": 2}), (2, {"pp": 2}), (1, {}), (4, {"pp": 2, "sp": 2}),
+    (4, {"sp": 2, "tp": 2, "ep": 4}), (4, {"sp": 2, "tp": 2, "ep": 2}), (3, {"sp": 3, "ep": 3}), (4, {"pp": 2, "tp": 2, "ep": 2}),
 ]
 
 
@@ -88,12 +89,21 @@ def layout_case(world: World, sizes: dict[str, int]) -> None:
         assert groups.to_next.name == f"pp {mesh.stage}>{mesh.stage + 1}"
     assert (groups.from_previous is None) == mesh.is_first_stage
     assert (groups.to_next is None) == mesh.is_last_stage
-    if groups.tokens is not None:
-        if mesh.is_leader:
-            ids = groups.tokens.recv(torch.empty(3, dtype=torch.int64), 0).wait()
-            assert ids.tolist() == [mesh.rank_of(stage=mesh.pp - 1, lane=0, tp_rank=0)] * 3, ids
-        else:
-            groups.tokens.send(torch.full((3,), world.rank), 1).wait()
+    samplers = {lane: mesh.rank_of(stage=mesh.pp - 1, lane=lane, tp_rank=0) for lane in range(mesh.sp)}
+    if mesh.is_leader:
+        assert list(groups.tokens) == [lane for lane, sampler in samplers.items() if sampler != mesh.leader]
+        for lane, link in groups.tokens.items():
+            ids = link.recv(torch.empty(3, dtype=torch.int64), 0).wait()
+            assert ids.tolist() == [samplers[lane]] * 3, ids
+    elif mesh.is_sampler:
+        groups.tokens[mesh.lane].send(torch.full((3,), world.rank), 1).wait()
+    else:
+        assert not groups.tokens
+    lanes = groups.axes.sp.all_gather(torch.tensor([world.rank])).wait()
+    assert lanes.tolist() == mesh.axis_ranks("sp") and groups.axes.sp.rank == mesh.lane
+    wanted = {1: [world.rank], mesh.tp: mesh.axis_ranks("tp"), mesh.sp * mesh.tp: mesh.stage_ranks()}[mesh.ep]
+    assert groups.axes.ep.all_gather(torch.tensor([world.rank])).wait().tolist() == wanted
+    assert groups.axes.ep_spans_lanes == (mesh.ep > mesh.tp)
     everyone = groups.control.all_gather(world.rank)
     assert everyone == mesh.replica_ranks() and everyone[groups.control.rank] == world.rank
     assert groups.control.broadcast(world.rank) == mesh.leader

@@ -1,0 +1,94 @@
+"""From which size on two-batch overlap is used: decided at the start, by measuring this model on these links.
+
+Dividing a step makes every matrix product smaller, so it pays only where the transfers that it hides cost more than that:
+long prefills on a network, seldom a decode, never ranks that share memory. No formula knows where; a few layers on made-up
+tokens do.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+
+from hpcinfer.attention.metadata import build_metadata
+from hpcinfer.batch import MicroBatch
+from hpcinfer.comm.host import HostChannel
+from hpcinfer.kvcache.pool import KvPool
+from hpcinfer.models.base import StageModel
+from hpcinfer.parallel.segments import Segments
+from hpcinfer.pipeline.schedule import interleave
+from hpcinfer.scheduler.scheduler import SchedulerLimits
+
+OFF = 0
+_LAYERS = 3
+_REPEATS = 3
+_LEAST_GAIN = 0.03
+"""The divided step must be shorter by this share: less is within the noise of a measurement."""
+_LEAST_TOKENS = 32
+
+
+def two_batch_tokens(
+    setting: str, model: StageModel, kv: KvPool, limits: SchedulerLimits, control: HostChannel, *, lane: int
+) -> int:
+    """The smallest step, in tokens of a lane, that is divided in two; 0 where none is. Collective over the replica.
+
+    Args:
+        setting: `parallel.two_batch`.
+        model, kv: with weights; no sequence may use the pages yet.
+        control: over all ranks of the replica, which all get the same answer.
+        lane: of this rank.
+    """
+    if setting == "off":
+        return OFF
+    if setting != "auto":
+        return int(setting)
+    smallest = OFF
+    num_tokens = min(limits.max_batch_tokens, limits.num_tokens, limits.max_context)
+    while num_tokens >= _LEAST_TOKENS and _gains(model, kv, num_tokens, control, lane):
+        smallest = num_tokens
+        num_tokens //= 2
+    return smallest
+
+
+@torch.inference_mode()
+def _gains(model: StageModel, kv: KvPool, num_tokens: int, control: HostChannel, lane: int) -> bool:
+    """Whether all ranks together are done sooner with a prefill of `num_tokens` when it is divided."""
+    has_transfers = max(model.axes.tp.size, model.axes.ep.size) > 1
+    if not any(control.all_gather(has_transfers)):
+        return False
+    whole = [_microbatch(model, kv, 0, num_tokens)]
+    half = num_tokens // 2
+    halves = [_microbatch(model, kv, 0, half), _microbatch(model, kv, half, num_tokens)]
+    spent = {1: [], 2: []}
+    for _ in range(_REPEATS + 1):
+        for parts in (whole, halves):
+            control.barrier()
+            start_s = time.perf_counter()
+            interleave([_layers(model, kv, part, lane) for part in parts])
+            spent[len(parts)].append(time.perf_counter() - start_s)
+    # The slowest rank of each repetition is what a step costs; the first one warms up.
+    everyone = np.array(control.all_gather((spent[1][1:], spent[2][1:])))  # [ranks, 2, repeats]
+    whole_s, halves_s = everyone.max(axis=0).min(axis=1)
+    return bool(halves_s < (1 - _LEAST_GAIN) * whole_s)
+
+
+def _layers(model: StageModel, kv: KvPool, part: MicroBatch, lane: int) -> Segments:
+    metadata = build_metadata(part, kv.layout.block_size, model.device, lane=lane)
+    rows = model.stream.num_rows(part.num_tokens)
+    # Different tokens, so that a router spreads them over its experts; the same on all tp ranks.
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    hidden = torch.randn(rows, model.config.hidden_size, generator=generator).to(model.dtype).to(model.device)
+    return model.run_layers(hidden, metadata, kv, _LAYERS)
+
+
+def _microbatch(model: StageModel, kv: KvPool, start: int, end: int) -> MicroBatch:
+    """Tokens start to end of one made-up sequence on the first pages."""
+    num_pages = -(-end // kv.layout.block_size)
+    return MicroBatch(
+        tick=0, sequence_ids=(0,), token_ids=np.zeros(end - start, np.int32),
+        query_lens=np.array([end - start], np.int32), context_lens=np.array([start], np.int32),
+        block_tables=np.arange(1, num_pages + 1, dtype=np.int32)[None], samples=np.array([False]),
+        lane_tokens=(end - start,) * model.axes.sp.size,
+    )
