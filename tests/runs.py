@@ -23,6 +23,14 @@ LAYOUTS: dict[str, list[str]] = {
     "dp2": ["parallel.tp=1", "parallel.dp=2"],
     "tp2 x pp2": ["parallel.tp=2", "parallel.pp=2"],
     "dp2 x tp2": ["parallel.tp=2", "parallel.dp=2"],
+    "sp2": ["parallel.tp=1", "parallel.sp=2", "parallel.sp_min_tokens=10"],
+    "tp2, two-batch": ["parallel.tp=2", "parallel.two_batch=2"],
+    "pp2 x sp2, 3 microbatches": [
+        "parallel.tp=1", "parallel.pp=2", "parallel.sp=2", "parallel.sp_min_tokens=10", "parallel.microbatches=3",
+    ],
+    "sp2 x tp2, sequence form, two-batch": [
+        "parallel.tp=2", "parallel.sp=2", "parallel.sp_min_tokens=10", "parallel.sequence_form=true", "parallel.two_batch=2",
+    ],
 }
 
 

@@ -35,6 +35,7 @@ def attention_query(
         num_kv_heads=num_kv_heads,
         block_size=block_size,
         sliding_window=any(window is not None for window in config.sliding_window),
+        sinks=config.attention_sinks,
     )
 
 

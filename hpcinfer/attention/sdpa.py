@@ -61,7 +61,7 @@ class SdpaBackend(AttentionBackend):
         self._buffers: dict[str, torch.Tensor] = {}
 
     def refuses(self, query: AttentionQuery) -> str | None:
-        return refuse_features(query, window=True)
+        return refuse_features(query, window=True, sinks=query.device_type == "cpu")
 
     def kv_layout(self, block_size: int, num_kv_heads: int, head_dim: int) -> KvLayout:
         # Token before head: a token's keys of all heads are one contiguous row, which gathers 2-4 times faster than
@@ -93,10 +93,10 @@ class SdpaBackend(AttentionBackend):
                 keys, values = k[chunk.rows], v[chunk.rows]
             else:
                 keys, values = self._gather(k_slots, "k", chunk.slots), self._gather(v_slots, "v", chunk.slots)
-            attended = F.scaled_dot_product_attention(
+            attended = _attend(
                 q[chunk.rows].transpose(0, 1)[None], keys.transpose(0, 1)[None], values.transpose(0, 1)[None],
-                attn_mask=chunk.mask, is_causal=chunk.mask is None, scale=spec.scale,
-                enable_gqa=spec.num_heads != spec.num_kv_heads,
+                mask=chunk.mask, is_causal=chunk.mask is None, scale=spec.scale,
+                sinks=None if spec.sinks is None else spec.sinks[:, None],
             )
             out[chunk.rows] = attended[0].transpose(0, 1)
         return out
@@ -129,11 +129,34 @@ def _attend_decodes(
     # times faster than with enable_gqa.
     queries = queries.reshape(num, spec.num_kv_heads, heads // spec.num_kv_heads, dim)
     shape = (num, group.length, spec.num_kv_heads, dim)
-    attended = F.scaled_dot_product_attention(
+    attended = _attend(
         queries, keys.view(shape).transpose(1, 2), values.view(shape).transpose(1, 2),
-        attn_mask=group.mask, scale=spec.scale,
+        mask=group.mask, is_causal=False, scale=spec.scale,
+        sinks=None if spec.sinks is None else spec.sinks.view(spec.num_kv_heads, -1),
     )
     out[group.rows] = attended.reshape(num, heads, dim)
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """q [batch, heads, queries, H], k and v [batch, heads or fewer, L, H], `sinks` broadcasts against [heads, queries]."""
+    if sinks is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale
+    )
+    # The kernel divides by the sum over the keys, exp(log_sum); with the sink the divisor is exp(log_sum) + exp(sink).
+    return out.mul_(torch.sigmoid(log_sum - sinks)[..., None])
 
 
 def _plan(

@@ -2,6 +2,7 @@
 
     hpcinfer bench generate --model qwen3-0.6b-32k --workload W1 --dtype bfloat16
     hpcinfer bench data --rows 1000000
+    hpcinfer bench overlap --rate-gbit 1
 """
 
 from __future__ import annotations
@@ -23,15 +24,76 @@ def configure(parser: argparse.ArgumentParser) -> None:
     generate.add_argument("--pp", type=int, default=1, help="pipeline stages (default: %(default)s)")
     generate.add_argument("--repeats", type=int, default=1, help="runs after the warm-up; the median counts (default: %(default)s)")
     generate.add_argument("--attention", default="auto", help="attention backend (default: %(default)s)")
+    _configure_overlap(benchmarks.add_parser("overlap", help="what hiding communication is worth: tp2 and pp2 on two ranks"))
     data = benchmarks.add_parser("data", help="rows through everything but the model")
     data.add_argument("--rows", type=int, default=100_000, help="prompts (default: %(default)s)")
     data.add_argument("--model", default="datasets/demo-model", help="folder with the tokenizer (default: %(default)s)")
     data.add_argument("--folder", default="", help="an empty folder on the file system to measure (default: a temporary one)")
 
 
+def _configure_overlap(overlap: argparse.ArgumentParser) -> None:
+    # Names and defaults are those of bench.overlap_cases.OverlapOptions (a test compares them).
+    overlap.add_argument("--hidden", type=int, default=2048, help="hidden size of the random model (default: %(default)s)")
+    overlap.add_argument("--layers", type=int, default=4, help="its layers (default: %(default)s)")
+    overlap.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="default: %(default)s")
+    overlap.add_argument("--prefill", default="512,1024", help="tokens of a prefill step (default: %(default)s)")
+    overlap.add_argument("--sequences", type=int, default=64, help="sequences of a decode step (default: %(default)s)")
+    overlap.add_argument("--microbatches", default="1,2,4", help="steps in flight with pp2 (default: %(default)s)")
+    overlap.add_argument("--output-tokens", type=int, default=12, help="tokens that a sequence decodes (default: %(default)s)")
+    overlap.add_argument("--prompts", type=int, default=8, help="prefill steps in a run of pp2 (default: %(default)s)")
+    overlap.add_argument("--repeats", type=int, default=5, help="repetitions after a warm-up; medians count (default: %(default)s)")
+    overlap.add_argument("--layouts", default="tp,pp", help="which to measure (default: %(default)s)")
+    overlap.add_argument(
+        "--link", default="auto", choices=("auto", "namespaces", "loopback"),
+        help="namespaces: a rate-limited link, needs root; auto: that where it can be made (default: %(default)s)",
+    )
+    overlap.add_argument("--rate-gbit", type=float, default=1.0, help="of that link, in Gbit/s each way (default: %(default)s)")
+    overlap.add_argument("--out", default="", help="a file for the figures")
+    overlap.add_argument("--link-used", default="", help=argparse.SUPPRESS)
+
+
 def execute(args: argparse.Namespace) -> int:
     """Runs the benchmark. Returns the exit code."""
-    return {"generate": _generate, "data": _data}[args.benchmark](args)
+    return {"generate": _generate, "data": _data, "overlap": _overlap}[args.benchmark](args)
+
+
+def _overlap(args: argparse.Namespace) -> int:
+    """Makes a link and starts a rank at each of its ends, which then measure."""
+    import sys
+
+    from hpcinfer.bench.link import open_link, run_on_link
+    from hpcinfer.bench.overlap_cases import OverlapOptions
+    from hpcinfer.launch.env import LaunchEnvironment
+    from hpcinfer.launch.report import run_as_rank
+
+    environment = LaunchEnvironment.from_environ()
+    if environment.launcher != "none":
+        return run_as_rank(lambda place: _measure_overlap(args, environment, place))
+    OverlapOptions(**_overlap_options(args))  # mistakes are found before anything is started
+    with open_link(args.link, args.rate_gbit * 1e9) as link:
+        return run_on_link(link, [*sys.argv[1:], "--link-used", link.description])
+
+
+def _overlap_options(args: argparse.Namespace) -> dict:
+    return {name: value for name, value in vars(args).items() if name not in ("benchmark", "link_used")}
+
+
+def _measure_overlap(args: argparse.Namespace, environment, place) -> int:
+    import json
+
+    from hpcinfer.bench.overlap import run_overlap
+    from hpcinfer.bench.overlap_cases import OverlapOptions
+    from hpcinfer.bench.overlap_report import table
+    from hpcinfer.runner.start import enter_world
+
+    world = enter_world(environment, place)
+    launched = f"the ranks of a launcher, on {world.num_nodes} node(s)"
+    figures = run_overlap(OverlapOptions(**_overlap_options(args)), world, link=args.link_used or launched)
+    world.close()
+    if figures is not None:
+        print(table(figures))
+        print(json.dumps(figures))
+    return ExitCode.DONE
 
 
 def _data(args: argparse.Namespace) -> int:

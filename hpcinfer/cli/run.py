@@ -27,6 +27,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--max-failed", metavar="N|P%", dest="overrides", action="append", type=lambda value: f"run.max_failed={value}",
         help="more failed rows than this count or share end the run with exit code 1; short for --set run.max_failed=...",
     )
+    parser.add_argument(
+        "--trace", dest="overrides", action="append_const", const="run.trace=true",
+        help="record what every rank does, for `hpcinfer trace`; short for --set run.trace=true",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress and no summary on the console")
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     parser.add_argument("--summary", default="", metavar="FILE", help="also write the summary as JSON to FILE")

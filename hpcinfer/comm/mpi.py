@@ -253,7 +253,8 @@ class MpiCommunicator(Communicator):
         status: Any = None,
     ) -> Handle:
         operation = Operation(
-            self._queue, verb, tensor.nbytes, start, buffers=buffers, peer=peer, label=label, status=status
+            self._queue, verb, tensor.nbytes, start, buffers=buffers, peer=peer, label=label, status=status,
+            dtype=tensor.dtype, shape=tensor.shape,
         )
         if self._group is not None:
             self._group.append(operation)

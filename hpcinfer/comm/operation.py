@@ -11,6 +11,21 @@ from typing import Any
 from hpcinfer.errors import CommunicationError
 
 
+class Mark:
+    """What a rank is working on, set by those who know it and copied into every operation at its issue, so that reports and
+    records can name the microbatch."""
+
+    __slots__ = ("part", "tick")
+
+    def __init__(self) -> None:
+        self.set()
+
+    def set(self, tick: int = -1, part: int = -1) -> None:
+        """From now on this tick, and this microbatch of it; -1 for the step as a whole, and for nothing."""
+        self.tick = tick
+        self.part = part
+
+
 class Operation:
     """One operation in flight: what it is, how to start it, and its MPI requests once started.
 
@@ -23,11 +38,12 @@ class Operation:
             keep the buffers of every collective alive.
         peer: the other rank of a send or recv, the root of a broadcast, None where all ranks take part.
         label: what the caller calls this transfer ("layer 3 mlp").
+        dtype, shape: of the caller's tensor, for records.
     """
 
     __slots__ = (
         "queue", "verb", "num_bytes", "start", "buffers", "peer", "label", "requests", "status",
-        "issued_s", "started_s", "ended_s", "finished", "error",
+        "issued_s", "started_s", "ended_s", "finished", "error", "dtype", "shape", "tick", "part", "number",
     )
 
     def __init__(
@@ -41,6 +57,8 @@ class Operation:
         peer: int | None = None,
         label: str = "",
         status: Any = None,
+        dtype: Any = None,
+        shape: Sequence[int] = (),
     ) -> None:
         self.queue = queue
         self.verb = verb
@@ -50,6 +68,10 @@ class Operation:
         self.peer = peer
         self.label = label
         self.status = status
+        self.dtype = dtype
+        self.shape = shape
+        self.tick = self.part = -1
+        self.number = 0
         self.requests: list[Any] | None = None
         self.issued_s = 0.0
         self.started_s = 0.0

@@ -16,8 +16,9 @@ import os
 import threading
 import time
 
-from hpcinfer.comm.operation import Operation, OperationQueue
+from hpcinfer.comm.operation import Mark, Operation, OperationQueue
 from hpcinfer.errors import CommunicationError
+from hpcinfer.observe.trace import Recorder
 
 POLL_S = 0.0005
 """Period of the background thread, and the longest sleep of a waiting caller."""
@@ -40,6 +41,10 @@ class ProgressEngine:
     def __init__(self, *, rank: int = 0, host: str = "", oversubscribed: bool = False) -> None:
         self.rank = rank
         self.host = host
+        self.mark = Mark()
+        """What this rank is working on."""
+        self.recorder: Recorder | None = None
+        """Told of every operation and every wait."""
         self._spin_s = 0.0 if oversubscribed else SPIN_S
         self._lock = threading.RLock()
         self._pending: list[Operation] = []
@@ -63,7 +68,9 @@ class ProgressEngine:
         now = time.perf_counter()
         for operation in batch:
             operation.issued_s = now
+            operation.tick, operation.part = self.mark.tick, self.mark.part
             queue.counters.operations += 1
+            operation.number = queue.counters.operations
             queue.counters.bytes += operation.num_bytes
         with self._lock:
             queue.in_flight += len(batch)
@@ -93,7 +100,10 @@ class ProgressEngine:
             try:
                 self._wait(operation, deadline_s, began)
             finally:
-                operation.queue.counters.wait_s += time.perf_counter() - began
+                ended = time.perf_counter()
+                operation.queue.counters.wait_s += ended - began
+                if self.recorder is not None:
+                    self.recorder.wait(operation, began, ended)
         if operation.error is not None:
             raise operation.error
 
@@ -177,10 +187,12 @@ class ProgressEngine:
                 self._advance(operation.queue)
 
     def _over(self, operation: Operation) -> None:
-        """The one place where start and end of every operation are known: a recorder is called from here."""
+        """The one place where start and end of every operation are known."""
         operation.ended_s = time.perf_counter()
         operation.buffers = operation.start = None  # `start` refers to the buffers too
         operation.queue.in_flight -= 1
+        if self.recorder is not None:
+            self.recorder.transfer(operation)
         operation.finished = True
 
     def _advance(self, queue: OperationQueue) -> None:
@@ -220,9 +232,11 @@ class ProgressEngine:
         queue = operation.queue
         label = f" ({operation.label})" if operation.label else ""
         peer = f", peer {operation.peer}" if operation.peer is not None else ", all ranks"
+        part = f" part {operation.part}" if operation.part >= 0 else ""
+        microbatch = f", {'microbatch ' if part else ''}tick {operation.tick}{part}" if operation.tick >= 0 else ""
         return (
             f"{operation.verb}{label} of {operation.num_bytes} bytes by rank {queue.rank} of {queue.size} in "
-            f"{queue.name!r} (world rank {self.rank}, host {self.host or 'unknown'}){peer}"
+            f"{queue.name!r} (world rank {self.rank}, host {self.host or 'unknown'}){peer}{microbatch}"
         )
 
     def _run(self) -> None:

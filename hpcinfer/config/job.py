@@ -113,6 +113,8 @@ class RunSection:
     """How long a replica without work waits for others that may die. Seconds, default 600."""
     max_failed: str = "100%"
     """Failed rows that turn the run into exit code 1: a count ("20") or a share ("1%"). Default "100%": never."""
+    trace: bool = False
+    """Record what every rank does and when; `hpcinfer trace` shows it. Default false."""
 
     def __post_init__(self) -> None:
         for name in ("segment_rows", "segment_s", "heartbeat_s", "stale_s", "retry_s"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -64,7 +65,9 @@ def encode_table(table: GenerationTable, run_uuid: str) -> bytes:
     The file is built in memory, so that what reaches the disk is one stream of bytes that is either all there or not.
     """
     table = table.sorted()
-    with h5py.File("segment", "w", driver="core", backing_store=False, libver=LIBVER) as file:
+    # HDF5 tells files in memory apart by name: threads that build one at the same time need names of their own.
+    unused_path = f"segment-{threading.get_ident()}"
+    with h5py.File(unused_path, "w", driver="core", backing_store=False, libver=LIBVER) as file:
         write_root_attributes(file, run_uuid, complete=False)
         group = file.create_group(GROUP)
         for name in column_names():

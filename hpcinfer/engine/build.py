@@ -26,11 +26,13 @@ from hpcinfer.models.base import StageModel
 from hpcinfer.models.footprint import layer_parameters
 from hpcinfer.models.registry import model_class
 from hpcinfer.observe.metrics import PhaseClock
+from hpcinfer.observe.trace import Recorder
 from hpcinfer.parallel.agree import agree, together
 from hpcinfer.parallel.groups import ReplicaGroups
 from hpcinfer.pipeline.partition import explicit_split, split_layers
 from hpcinfer.pipeline.runner import StageRunner
 from hpcinfer.pipeline.transfer import StageLinks
+from hpcinfer.pipeline.watch import SegmentWatch
 from hpcinfer.scheduler.scheduler import Scheduler, SchedulerLimits
 
 
@@ -139,11 +141,13 @@ def build_replica(
     *,
     clock: PhaseClock,
     load: Callable[[StageModel], None],
+    recorder: Recorder | None = None,
 ) -> Replica:
     """Make the stage, give it its weights by `load`, allocate the pages. Collective over the replica.
 
     Args:
         load: puts weights into the stage (from a checkpoint, or random ones).
+        recorder: gets what this rank does from now on.
     """
     dtype = getattr(torch, plan.dtype)
     with clock.phase("load"):
@@ -156,8 +160,12 @@ def build_replica(
             groups.from_previous, groups.to_next, hidden_size=plan.model.hidden_size, dtype=dtype, device=plan.device
         )
         lane = groups.mesh.lane
-        worker = Worker(StageRunner(model, kv, links, lane=lane), groups, device=plan.device, clock=clock)
+        nvtx = torch.cuda.nvtx if recorder is not None and plan.device.type == "cuda" else None
+        runner = StageRunner(model, kv, links, lane=lane, watch=SegmentWatch(groups.mark, recorder, nvtx))
+        worker = Worker(runner, groups, device=plan.device, clock=clock, recorder=recorder)
         groups.warmup()
         tokens = two_batch_tokens(plan.two_batch, model, kv, plan.limits, groups.control, lane=lane)
         limits = dataclasses.replace(plan.limits, two_batch_tokens=tokens)
-    return Replica(worker=worker, scheduler=Scheduler(limits, lane), control=groups.control)
+    return Replica(
+        worker=worker, scheduler=Scheduler(limits, lane), control=groups.control, mark=groups.mark, recorder=recorder
+    )

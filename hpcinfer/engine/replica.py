@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import collections
+import time
 
 import numpy as np
 
 from hpcinfer.batch import Step
 from hpcinfer.comm.communicator import Handle
-from hpcinfer.comm.host import HostChannel
+from hpcinfer.comm.host import Expected, HostChannel
+from hpcinfer.comm.operation import Mark
 from hpcinfer.engine.worker import PlannedStep, Worker
+from hpcinfer.observe.trace import TICK, Recorder, span
 from hpcinfer.request import Request
 from hpcinfer.sampling.sampler import SamplingBatch
 from hpcinfer.scheduler.message import TickMessage
@@ -25,12 +28,28 @@ class Replica:
     Tick n on the leader: wait for the tokens of tick n - lag, broadcast the message of tick n, apply it, schedule, execute.
     The other ranks look ahead: while they compute a step, the message of the next one may arrive; they then schedule it
     and post its receives at once, so that its activations travel meanwhile.
+
+    Args:
+        worker, scheduler: of this rank.
+        control: among all ranks of the replica.
+        mark: names the tick in reports of the control channel.
+        recorder: gets the time spent on messages and schedules.
     """
 
-    def __init__(self, *, worker: Worker, scheduler: Scheduler, control: HostChannel) -> None:
+    def __init__(
+        self,
+        *,
+        worker: Worker,
+        scheduler: Scheduler,
+        control: HostChannel,
+        mark: Mark | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
         self.scheduler = scheduler
         self._worker = worker
         self._control = control
+        self._mark = mark or Mark()
+        self._recorder = recorder
         self._next_tick = 0
         self._drawing: dict[int, list[tuple[tuple[int, ...], Handle]]] = {}  # tick -> (sequence ids, their tokens)
 
@@ -47,7 +66,8 @@ class Replica:
         """Leader: run one tick with new `requests`; return the sequences that ended."""
         ended, planned = self._take(self._message(tuple(requests), drain=drain))
         if planned is not None:
-            drawn = self._worker.execute(planned)
+            with span(self._recorder, "execute", TICK, tick=planned.step.tick):
+                drawn = self._worker.execute(planned)
             drawing = planned.step.drawing
             self._drawing[planned.step.tick] = [(drawing[lane], drawn[lane]) for lane in sorted(drawn)]
         return ended
@@ -58,15 +78,20 @@ class Replica:
             self.step([], drain=True)
         self._take(self._message(stop=True))
         self._worker.drain()
+        self._mark.set()
 
     def follow(self) -> None:
         """Other ranks: take part in every tick until the leader stops."""
         ahead = _LookAhead(self)
         while (planned := ahead.next()) is not None:
-            self._worker.execute(planned, between=ahead.look)
+            with span(self._recorder, "execute", TICK, tick=planned.step.tick):
+                self._worker.execute(planned, between=ahead.look)
         self._worker.drain()
+        self._mark.set()
 
     def _message(self, requests: tuple[Request, ...] = (), *, drain: bool = False, stop: bool = False) -> TickMessage:
+        start_s = time.perf_counter()
+        self._mark.set(self._next_tick)
         ids, tokens = self._results(self._next_tick - self.scheduler.limits.lag)
         message = TickMessage(
             tick=self._next_tick,
@@ -78,6 +103,8 @@ class Replica:
             stop=stop,
         )
         self._control.broadcast(message, root=LEADER)
+        if self._recorder is not None:
+            self._recorder.add(TICK, "message", start_s, tick=message.tick)
         return message
 
     def _results(self, tick: int) -> tuple[np.ndarray, np.ndarray]:
@@ -88,10 +115,20 @@ class Replica:
 
     def _take(self, message: TickMessage) -> tuple[list[EndedSequence], PlannedStep | None]:
         """Apply a message, schedule, and post what the step will receive."""
+        start_s = time.perf_counter()
         self._next_tick = message.tick + 1
         ended = self.scheduler.apply(message)
         step = None if message.stop else self.scheduler.schedule()
-        return ended, None if step is None else self._worker.plan(step, self._sampling(step))
+        planned = None if step is None else self._worker.plan(step, self._sampling(step))
+        if self._recorder is not None:
+            self._recorder.add(TICK, "schedule", start_s, tick=message.tick)
+        return ended, planned
+
+    def _expect(self, tick: int) -> Expected:
+        """Take part in the broadcast of a tick's message."""
+        self._mark.set(tick)
+        # A leader may read, tokenise and commit between ticks: no deadline but the one of the launcher.
+        return self._control.expect(root=LEADER, deadline_s=_NO_DEADLINE)
 
     def _sampling(self, step: Step) -> SamplingBatch | None:
         # Now, and not when the step is executed: the sequences may have moved on by then.
@@ -109,8 +146,7 @@ class _LookAhead:
         self._replica = replica
         self._planned: collections.deque[PlannedStep] = collections.deque()
         self._stopped = False
-        # A leader may read, tokenise and commit between ticks: no deadline but the one of the launcher.
-        self._expected = replica._control.expect(root=LEADER, deadline_s=_NO_DEADLINE)
+        self._expected = replica._expect(replica._next_tick)
 
     def next(self) -> PlannedStep | None:
         """The next step to execute; None after the last."""
@@ -127,7 +163,7 @@ class _LookAhead:
         message = self._expected.wait()
         self._stopped = message.stop
         if not message.stop:
-            self._expected = self._replica._control.expect(root=LEADER, deadline_s=_NO_DEADLINE)
+            self._expected = self._replica._expect(message.tick + 1)
         _, planned = self._replica._take(message)
         if planned is not None:
             self._planned.append(planned)

@@ -11,6 +11,7 @@ import torch
 from hpcinfer.batch import Step
 from hpcinfer.comm.communicator import FinishedHandle, Handle
 from hpcinfer.observe.metrics import PhaseClock
+from hpcinfer.observe.trace import COMPUTE, Recorder
 from hpcinfer.parallel.groups import ReplicaGroups
 from hpcinfer.pipeline.runner import PreparedStep, StageRunner
 from hpcinfer.pipeline.transfer import Outbox
@@ -46,10 +47,17 @@ class Worker:
         groups: this rank's communicators and its place in the mesh.
         device: where the stage computes.
         clock: where prefill, decode and communication times are added.
+        recorder: gets the drawing of tokens.
     """
 
     def __init__(
-        self, runner: StageRunner, groups: ReplicaGroups, *, device: torch.device, clock: PhaseClock
+        self,
+        runner: StageRunner,
+        groups: ReplicaGroups,
+        *,
+        device: torch.device,
+        clock: PhaseClock,
+        recorder: Recorder | None = None,
     ) -> None:
         self._runner = runner
         self._groups = groups
@@ -58,6 +66,7 @@ class Worker:
         self._lane = groups.mesh.lane
         self._device = device
         self._clock = clock
+        self._recorder = recorder
         self._outbox = Outbox()
 
     def drawn_here(self, step: Step) -> tuple[int, ...]:
@@ -71,6 +80,7 @@ class Worker:
             sampling: parameters of the sequences that are `drawn_here`; None where there are none.
         """
         returning = {}
+        self._groups.mark.set(step.tick)
         if self._leads:
             for lane, link in self._groups.tokens.items():
                 if step.drawing[lane]:
@@ -89,6 +99,8 @@ class Worker:
         """
         start_s, waited_s = time.perf_counter(), self._groups.wait_s()
         logits = self._runner.run(planned.prepared, between=between)
+        computed_s = time.perf_counter()
+        self._groups.mark.set(planned.step.tick)
         drawn = dict(planned.returning)
         if planned.sampling is not None:
             tokens = sample(logits, planned.sampling)
@@ -96,6 +108,8 @@ class Worker:
                 drawn[self._lane] = FinishedHandle(tokens)
             else:
                 self._outbox.add(self._groups.tokens[self._lane].send(tokens, LEADER, label="tokens"))
+            if self._recorder is not None:
+                self._recorder.add(COMPUTE, "sample", computed_s, tick=planned.step.tick)
         self._count(planned.step, time.perf_counter() - start_s, self._groups.wait_s() - waited_s)
         return drawn
 

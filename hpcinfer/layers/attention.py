@@ -1,4 +1,4 @@
-"""The attention layer: projections, rotary embedding, pages, output projection.
+"""The attention layer: projections, rotary embedding where the model has it, pages, output projection.
 
 Shape letters: T tokens, P of them on this rank, D model, N query heads and K key/value heads of this rank, H head dim,
 X shared tokens of all lanes together.
@@ -16,7 +16,8 @@ from hpcinfer.comm.communicator import Handle
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.layers.linear import QkvParallelLinear, RowParallelLinear
 from hpcinfer.layers.norm import QkNorm
-from hpcinfer.layers.rotary import rotate
+from hpcinfer.layers.rotary import RotaryTables, rotate
+from hpcinfer.layers.shard import check_shape
 from hpcinfer.parallel.axes import StageAxes
 from hpcinfer.parallel.segments import Segments
 from hpcinfer.parallel.tensor import TokenStream, pad_rows
@@ -27,7 +28,7 @@ class Attention:
     prompt's tokens are spread over lanes, one all-gather of their keys and values.
 
     Args:
-        config: sizes, biases, qk-norm.
+        config: sizes, biases, qk-norm, sinks.
         layer: number of the layer in the whole model; fixes its sliding window and names its transfers.
         axes, stream: of the stage.
         backend: computes softmax attention over pages.
@@ -57,23 +58,32 @@ class Attention:
             QkNorm(num_heads, num_kv_heads, config.head_dim, eps=config.rms_norm_eps, dtype=dtype, device=device)
             if config.qk_norm else None
         )
+        self.sinks = torch.zeros(num_heads, dtype=dtype, device=device) if config.attention_sinks else None
+        self._first_head = axes.tp.rank * num_heads
         self.spec = AttentionSpec(
             num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=config.head_dim,
             scale=config.head_dim**-0.5, sliding_window=config.sliding_window[layer],
+            sinks=self.sinks,
         )
         self._backend = backend
         self._sp = axes.sp
         self._stream = stream
         self._layer = layer
 
+    def load_sinks(self, full: torch.Tensor) -> None:
+        """Take this rank's heads from the sinks of all query heads."""
+        num_heads = self.spec.num_heads
+        check_shape(full, (num_heads * self._stream.tp.size,), "attention sinks")
+        self.sinks.copy_(full[self._first_head : self._first_head + num_heads])
+
     def forward(
         self,
         x: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor],
+        rotary: RotaryTables,
         metadata: AttentionMetadata,
         cache: tuple[torch.Tensor, torch.Tensor],
     ) -> Segments:
-        """x [P, D], cos and sin [T, 1, H/2], the layer's pages -> [P, D]. Collective: see the class."""
+        """x [P, D], the rotary tables, the layer's pages -> [P, D]. Collective: see the class."""
         x = yield from self._stream.gather(x, metadata.num_tokens, label=f"layer {self._layer} qkv")
         if metadata.shared is None:
             q, k, v = self._project(x, rotary)
@@ -85,7 +95,7 @@ class Attention:
         return y
 
     def _project(
-        self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
+        self, x: torch.Tensor, rotary: RotaryTables
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x [T, D] -> q [T, N, H], k and v [T, K, H]."""
         num_heads, num_rotated = self.spec.num_heads, self.spec.num_heads + self.spec.num_kv_heads
@@ -93,13 +103,14 @@ class Attention:
         qk, v = qkv[:, :num_rotated], qkv[:, num_rotated:]
         if self.qk_norm is not None:
             qk = self.qk_norm.forward(qk)
-        qk = rotate(qk, *rotary)
+        if rotary is not None:
+            qk = rotate(qk, *rotary)
         return qk[:, :num_heads], qk[:, num_heads:], v
 
     def _project_shared(
         self,
         x: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor],
+        rotary: RotaryTables,
         metadata: AttentionMetadata,
         cache: tuple[torch.Tensor, torch.Tensor],
     ) -> Generator[Handle, torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -112,13 +123,15 @@ class Attention:
         k, v = kv[:, :num_kv_heads], kv[:, num_kv_heads:]
         if self.qk_norm is not None:
             k = self.qk_norm.forward_k(k)
-        k = rotate(k, *rotary)
+        if rotary is not None:
+            k = rotate(k, *rotary)
         mine = pad_rows(torch.cat((k[: shared.own], v[: shared.own]), dim=1), max(shared.lens))
         gathering = self._sp.all_gather(mine, label=f"layer {self._layer} kv")
         q = self.qkv.forward_q(x)
         if self.qk_norm is not None:
             q = self.qk_norm.forward_q(q)
-        q = rotate(q, *rotary)
+        if rotary is not None:
+            q = rotate(q, *rotary)
         self._backend.write(k[shared.own :], v[shared.own :], *cache, metadata.slot_mapping[shared.own :])
         gathered = yield gathering
         everyone = gathered[shared.rows]  # [X, 2K, H]

@@ -41,14 +41,20 @@ class VocabParallelEmbedding:
         check_shape(full, (self.vocab_size, self.hidden_size), "embedding weight")
         copy_shard(self.weight, full, self.split_dim, self._start, self._end)
 
-    def forward(self, token_ids: torch.Tensor) -> Segments:
-        """token_ids int64 [T], each from 0 to V - 1 -> [P, D]. Collective: one reduction over tp when it is split."""
+    def forward(self, token_ids: torch.Tensor, added: torch.Tensor | None = None) -> Segments:
+        """token_ids int64 [T], each from 0 to V - 1 -> [P, D]. Collective: one reduction over tp when it is split.
+
+        `added` [T, D] is one rank's addition to the sum (learned positions), None on the others.
+        """
         if self._stream.tp.size == 1:
-            return F.embedding(token_ids, self.weight)
+            hidden = F.embedding(token_ids, self.weight)
+            return hidden if added is None else hidden.add_(added)
         # Every token is looked up by the one rank that has its row; the others add zeros, so the sum is exact.
         foreign = (token_ids < self._start) | (token_ids >= self._end)
         rows = (token_ids - self._start).masked_fill_(foreign, 0)
         hidden = F.embedding(rows, self.weight).masked_fill_(foreign[:, None], 0)
+        if added is not None:
+            hidden.add_(added)
         hidden = yield from self._stream.reduce(hidden, label="embedding")
         return hidden
 

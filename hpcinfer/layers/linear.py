@@ -97,6 +97,7 @@ class QkvParallelLinear:
     """
 
     split_dim = 0
+    PARTS = ("q", "k", "v")
 
     def __init__(
         self,

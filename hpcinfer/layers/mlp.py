@@ -1,4 +1,4 @@
-"""The gated MLP (Shazeer 2020): down(act(gate(x)) * up(x)).
+"""The MLP of a dense layer: gated (Shazeer 2020), down(act(gate(x)) * up(x)), or plain, down(act(up(x))).
 
 Shape letters: T tokens, P of them on this rank, D model, I intermediate size on this rank.
 """
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from hpcinfer.attention.metadata import AttentionMetadata
 from hpcinfer.config.model import ModelConfig
-from hpcinfer.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from hpcinfer.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
 from hpcinfer.parallel.segments import Segments
 from hpcinfer.parallel.tensor import TokenStream
 
@@ -55,4 +55,34 @@ class GatedMlp:
         x = yield from self._stream.gather(x, metadata.num_tokens, label=self._label)
         gate, up = self.gate_up.forward(x).split(self.gate_up.shard_sizes, dim=-1)
         y = yield from self.down.forward(self._activate(gate).mul_(up))
+        return y
+
+
+class Mlp:
+    """Up projection, activation, down projection with the layer's second reduction.
+
+    Args:
+        config: sizes, biases, activation.
+        layer: number of the layer in the whole model; names its transfers.
+        stream: of the stage.
+    """
+
+    def __init__(
+        self, config: ModelConfig, layer: int, *, stream: TokenStream, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.up = ColumnParallelLinear(
+            config.hidden_size, config.intermediate_size, bias=config.mlp_bias, tp=stream.tp, dtype=dtype, device=device
+        )
+        self.down = RowParallelLinear(
+            config.intermediate_size, config.hidden_size, bias=config.mlp_bias,
+            stream=stream, dtype=dtype, device=device, label=f"layer {layer} down",
+        )
+        self._activate = ACTIVATIONS[config.hidden_act]
+        self._stream = stream
+        self._label = f"layer {layer} mlp"
+
+    def forward(self, x: torch.Tensor, metadata: AttentionMetadata) -> Segments:
+        """x [P, D] -> [P, D]. Collective: one reduction over tp."""
+        x = yield from self._stream.gather(x, metadata.num_tokens, label=self._label)
+        y = yield from self.down.forward(self._activate(self.up.forward(x)))
         return y

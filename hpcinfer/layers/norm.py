@@ -1,10 +1,14 @@
-"""Root mean square normalisation (Zhang and Sennrich 2019). Replicated on all ranks of the tensor-parallel axis."""
+"""Normalisation: RMSNorm (Zhang and Sennrich 2019) and LayerNorm (Ba et al. 2016).
+
+Replicated on all ranks of the tensor-parallel axis.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
 from hpcinfer.layers.shard import check_shape
 
@@ -45,6 +49,39 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     wide = x.float()
     scale = wide.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
     return (wide * scale).to(x.dtype).mul_(weight)
+
+
+class LayerNorm:
+    """(x - mean(x)) / std(x) * weight + bias over the last dim, with torch's numbers.
+
+    Args:
+        size: of the last dim.
+        eps: added to the variance.
+        dtype, device: of weight and bias.
+    """
+
+    def __init__(self, size: int, *, eps: float, dtype: torch.dtype, device: torch.device) -> None:
+        self.eps = eps
+        self.weight = torch.ones(size, dtype=dtype, device=device)
+        self.bias = torch.zeros(size, dtype=dtype, device=device)
+
+    def load_weight(self, full: torch.Tensor) -> None:
+        """Take the weight [size]."""
+        check_shape(full, tuple(self.weight.shape), "norm weight")
+        self.weight.copy_(full)
+
+    def load_bias(self, full: torch.Tensor) -> None:
+        """Take the bias [size]."""
+        check_shape(full, tuple(self.bias.shape), "norm bias")
+        self.bias.copy_(full)
+
+    def weights(self) -> dict[str, Callable[[torch.Tensor], None]]:
+        """What takes each tensor of the checkpoint."""
+        return {"weight": self.load_weight, "bias": self.load_bias}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., size] -> the same shape and dtype. Statistics are float32."""
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
 class QkNorm:

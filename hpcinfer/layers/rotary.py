@@ -11,6 +11,9 @@ import torch
 
 from hpcinfer.config.model import RopeConfig
 
+RotaryTables = tuple[torch.Tensor, torch.Tensor] | None
+"""cos and sin [T, 1, H/2]; None in a family with learned positions."""
+
 
 class Rotary:
     """Turns pairs (i, i + H/2) of a head by an angle that grows with the position (the convention of transformers).

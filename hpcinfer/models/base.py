@@ -130,9 +130,20 @@ class StageModel(ABC):
         """Name and shape of every tensor that a checkpoint of the whole model must have."""
 
     @classmethod
+    def canonical_name(cls, name: str) -> str:
+        """What this class calls the tensor that a checkpoint calls `name`."""
+        return name
+
+    @classmethod
     def is_ignored(cls, config: ModelConfig, name: str) -> bool:
         """True for a tensor that checkpoints of this family may have and that nothing needs."""
         return False
+
+    def expert_load(self) -> torch.Tensor | None:
+        """int64 [mixtures of this stage, experts]: tokens that this rank has counted for each expert since the start. The sum
+        over the ranks of a stage counts each token once. None without mixtures.
+        """
+        return None
 
     def kv_layout(self, block_size: int) -> KvLayout:
         """The pages of one layer on this rank, as the backend wants them."""

@@ -21,13 +21,11 @@ from hpcinfer.config.model import ModelConfig
 from hpcinfer.kvcache.pool import KvPool
 from hpcinfer.layers.attention import Attention
 from hpcinfer.layers.embedding import ParallelHead, VocabParallelEmbedding
-from hpcinfer.layers.rotary import Rotary
+from hpcinfer.layers.moe import MoeMlp
+from hpcinfer.layers.rotary import Rotary, RotaryTables
 from hpcinfer.models.base import StageInputs, StageModel, WeightLoader
 from hpcinfer.parallel.axes import StageAxes
 from hpcinfer.parallel.segments import Segments
-
-RotaryTables = tuple[torch.Tensor, torch.Tensor] | None
-"""cos and sin [T, 1, H/2]; None in a family with learned positions."""
 
 
 class Norm(Protocol):
@@ -140,6 +138,10 @@ class DecoderStage(StageModel):
         for index, layer in enumerate(self.layers[:num_layers]):
             hidden = yield from layer.forward(hidden, rotary, metadata, kv.layer(index))
         return hidden
+
+    def expert_load(self) -> torch.Tensor | None:
+        loads = [layer.mlp.load for layer in self.layers if isinstance(layer.mlp, MoeMlp)]
+        return torch.stack(loads) if loads else None
 
     def weights(self) -> dict[str, WeightLoader]:
         loaders: dict[str, WeightLoader] = {}

@@ -9,6 +9,10 @@ import torch
 from hpcinfer.models.base import StageModel
 
 
+# 2**-7: numbers of up to 6 then have a standard deviation of about 0.02.
+_MXFP4_SCALE = 120
+
+
 def fill_random(model: StageModel, seed: int = 0) -> None:
     """Fill this rank's shards of a random model.
 
@@ -19,8 +23,14 @@ def fill_random(model: StageModel, seed: int = 0) -> None:
     shapes = model.checkpoint_shapes(model.config)
     generator = torch.Generator(device=model.device)
     for name, loader in model.weights().items():
-        full = torch.empty(shapes[name], dtype=model.dtype, device=model.device)
-        if name.endswith(".bias"):
+        packed = name.endswith(("_blocks", "_scales"))
+        full = torch.empty(shapes[name], dtype=torch.uint8 if packed else model.dtype, device=model.device)
+        if name.endswith("_scales"):
+            full.fill_(_MXFP4_SCALE)
+        elif packed:
+            generator.manual_seed(zlib.crc32(name.encode(), seed & 0xFFFFFFFF))
+            full.random_(0, 256, generator=generator)
+        elif name.endswith((".bias", "_bias")):
             full.zero_()
         elif full.dim() == 1:
             full.fill_(1.0)

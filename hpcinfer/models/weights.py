@@ -6,6 +6,7 @@ without the layers.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -36,23 +37,45 @@ class Checkpoint:
         self.folder = Path(folder)
         if (self.folder / SINGLE_FILE).is_file():
             file = SafetensorsFile(self.folder / SINGLE_FILE)
-            self._file_of = dict.fromkeys(file.entries, file)
+            file_of = dict.fromkeys(file.entries, file)
         elif (self.folder / INDEX_FILE).is_file():
-            self._file_of = _open_shards(self.folder)
+            file_of = _open_shards(self.folder)
         else:
             raise _nothing_to_read(self.folder)
+        # Name -> file, and what the tensor is called in it.
+        self._places = {name: (file, name) for name, file in file_of.items()}
+
+    def named_for(self, model: type[StageModel]) -> Checkpoint:
+        """The same tensors under the names that `model` has for them.
+
+        Raises:
+            CheckpointError: two tensors get the same name.
+        """
+        places: dict[str, tuple[SafetensorsFile, str]] = {}
+        for name, place in sorted(self._places.items()):
+            ours = model.canonical_name(name)
+            if ours in places:
+                raise CheckpointError(
+                    f"two tensors in {str(self.folder)!r} are the same one of the model",
+                    found=f"{places[ours][1]} and {place[1]}",
+                )
+            places[ours] = place
+        view = copy.copy(self)
+        view._places = places
+        return view
 
     def names(self) -> frozenset[str]:
         """Names of all tensors."""
-        return frozenset(self._file_of)
+        return frozenset(self._places)
 
     def entry(self, name: str) -> TensorEntry:
         """Dtype, shape and place of a tensor."""
-        return self._file_of[name].entries[name]
+        file, stored = self._places[name]
+        return file.entries[stored]
 
     def path(self, name: str) -> Path:
         """The file that holds a tensor."""
-        return self._file_of[name].path
+        return self._places[name][0].path
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.entry(name).shape
@@ -63,7 +86,8 @@ class Checkpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         """The full tensor on the CPU in the checkpoint's dtype: a view of the mapped file, read where it is used."""
-        return self._file_of[name].tensor(name)
+        file, stored = self._places[name]
+        return file.tensor(stored)
 
 
 def check_tensors(checkpoint: Checkpoint, model: type[StageModel], config: ModelConfig) -> None:
@@ -72,6 +96,7 @@ def check_tensors(checkpoint: Checkpoint, model: type[StageModel], config: Model
     Raises:
         CheckpointError: tensors are missing, left over or of another shape; names them.
     """
+    checkpoint = checkpoint.named_for(model)
     wanted, present = model.checkpoint_shapes(config), checkpoint.names()
     missing = [name for name in wanted if name not in present]
     extra = sorted(name for name in present if name not in wanted and not model.is_ignored(config, name))
@@ -103,6 +128,7 @@ def load_stage(
         CheckpointError: see `check_tensors`.
     """
     check_tensors(checkpoint, type(model), model.config)
+    checkpoint = checkpoint.named_for(type(model))
     loaders = model.weights()
     total = sum(map(checkpoint.num_bytes, loaders))
     done = 0

@@ -9,6 +9,7 @@ import torch
 from hpcinfer.comm.bootstrap import World, local_world, split, split_channel
 from hpcinfer.comm.communicator import Communicator
 from hpcinfer.comm.host import HostChannel
+from hpcinfer.comm.operation import Mark
 from hpcinfer.errors import ConfigError
 from hpcinfer.parallel.axes import StageAxes
 from hpcinfer.parallel.mesh import Mesh
@@ -30,6 +31,8 @@ class ReplicaGroups:
     leader. On the leader every lane whose sampler is another rank, on such a sampler its own lane, empty on all others."""
     control: HostChannel
     """Objects among all ranks of the replica; rank 0 is the leader."""
+    mark: Mark = dataclasses.field(default_factory=Mark)
+    """What this rank is working on: reports and records of transfers name it."""
 
     def communicators(self) -> list[Communicator]:
         """Those that this rank has, each once, for summing counters, checks and warm-up."""
@@ -95,6 +98,7 @@ def build_groups(
     return ReplicaGroups(
         mesh=mesh, axes=axes, from_previous=links.get(-1), to_next=links.get(+1),
         tokens=_token_links(world, mesh, device), control=split_channel(world, mesh.replica_ranks(), "control"),
+        mark=Mark() if world.progress is None else world.progress.mark,
     )
 
 

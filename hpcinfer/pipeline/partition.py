@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def split_layers(costs: Sequence[float], num_stages: int, last_extra: float = 0.0) -> list[range]:
+def split_layers(
+    costs: Sequence[float], num_stages: int, *, first_extra: float = 0.0, last_extra: float = 0.0
+) -> list[range]:
     """Contiguous ranges of layers, at least one each, that minimise the largest stage cost.
 
     Among equal splits the earlier stages get more layers, as the last one also holds the head.
@@ -13,9 +15,10 @@ def split_layers(costs: Sequence[float], num_stages: int, last_extra: float = 0.
     Args:
         costs: cost of each layer, any unit.
         num_stages: from 1 to the number of layers.
-        last_extra: what the last stage computes beside its layers (the head), in the same unit.
+        first_extra, last_extra: what the first and the last stage compute beside their layers (embedding, head), in the same
+            unit.
     """
-    prefix = [0.0]
+    prefix = [first_extra]
     for cost in costs:
         prefix.append(prefix[-1] + cost)
     num_layers = len(costs)

@@ -9,11 +9,13 @@ import torch
 
 from hpcinfer.batch import MicroBatch, Step
 from hpcinfer.comm.communicator import Handle
+from hpcinfer.comm.operation import Mark
 from hpcinfer.kvcache.pool import KvPool
 from hpcinfer.models.base import StageInputs, StageModel
 from hpcinfer.parallel.segments import Segments
 from hpcinfer.pipeline.schedule import interleave
 from hpcinfer.pipeline.transfer import StageLinks
+from hpcinfer.pipeline.watch import SegmentWatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,22 +35,21 @@ class StageRunner:
     Args:
         model, kv, links: of this stage.
         lane: of this rank.
+        watch: marks and records segments.
     """
 
-    def __init__(self, model: StageModel, kv: KvPool, links: StageLinks, *, lane: int) -> None:
+    def __init__(
+        self, model: StageModel, kv: KvPool, links: StageLinks, *, lane: int, watch: SegmentWatch | None = None
+    ) -> None:
         self._model = model
         self._kv = kv
         self._links = links
         self._lane = lane
+        self._watch = SegmentWatch(Mark()) if watch is None else watch
 
     def prepare(self, step: Step) -> PreparedStep:
         """Post the receives of a step, perhaps long before it is computed. Steps are prepared in the order of their ticks."""
-        arriving = tuple(
-            None if self._links.is_first or not part.num_tokens
-            else self._links.receive(self._model.stream.num_rows(part.num_tokens))
-            for part in step.parts
-        )
-        return PreparedStep(step=step, arriving=arriving)
+        return PreparedStep(step=step, arriving=tuple(self._receive(part) for part in step.parts))
 
     @torch.inference_mode()
     def run(self, prepared: PreparedStep, *, between: Callable[[], None] | None = None) -> torch.Tensor | None:
@@ -64,7 +65,11 @@ class StageRunner:
             (part, arriving) for part, arriving in zip(prepared.step.parts, prepared.arriving, strict=True)
             if self._takes_part(part)
         ]
-        outputs = interleave([self._forward(part, arriving) for part, arriving in active], between=between)
+        parts = [part for part, _ in active]
+        outputs = interleave(
+            [self._forward(part, arriving) for part, arriving in active], between=between,
+            before_segment=self._watch.before_segment(parts), on_segment=self._watch.on_segment(parts),
+        )
         if not self._links.is_last:
             return None
         return torch.cat(outputs) if outputs else None
@@ -72,6 +77,12 @@ class StageRunner:
     def drain(self) -> None:
         """Return when everything sent has left."""
         self._links.drain()
+
+    def _receive(self, part: MicroBatch) -> Handle | None:
+        if self._links.is_first or not part.num_tokens:
+            return None
+        self._watch.mark.set(part.tick, part.part)
+        return self._links.receive(self._model.stream.num_rows(part.num_tokens))
 
     def _takes_part(self, part: MicroBatch) -> bool:
         """A lane without tokens of its own computes only where other lanes need it."""

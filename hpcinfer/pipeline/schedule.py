@@ -22,19 +22,22 @@ from hpcinfer.parallel.segments import Segments
 OnSegment = Callable[[int, str, float, float], None]
 """Called after each segment with the forward's number, what the segment ended in (the label of the transfer it issued, ""
 for the end of the forward), and its start and end in seconds of time.perf_counter."""
+BeforeSegment = Callable[[int, str], None]
+"""Called before each segment with the forward's number and the label of the transfer it resumes from, "" at its start."""
 
 
 def interleave(
     forwards: Sequence[Segments],
     *,
     between: Callable[[], None] | None = None,
+    before_segment: BeforeSegment | None = None,
     on_segment: OnSegment | None = None,
 ) -> list[torch.Tensor]:
     """Drive the forwards to their ends, in turns. Returns their results in order.
 
     Args:
         between: called before each turn; it must not block.
-        on_segment: records computation; None costs nothing.
+        before_segment: marks what the forward issues; on_segment: records computation. None costs nothing.
     """
     results: list[torch.Tensor | None] = [None] * len(forwards)
     turns: collections.deque[tuple[int, Handle | None]] = collections.deque(
@@ -45,6 +48,8 @@ def interleave(
         if between is not None:
             between()
         arrived = None if handle is None else handle.wait()
+        if before_segment is not None:
+            before_segment(index, "" if handle is None else handle.label)
         start_s = time.perf_counter() if on_segment else 0.0
         label = ""
         try:

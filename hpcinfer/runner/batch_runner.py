@@ -21,12 +21,14 @@ from hpcinfer.launch.signals import DrainFlag
 from hpcinfer.models.weights import Checkpoint, load_stage
 from hpcinfer.observe.log import close_log, rank_log
 from hpcinfer.observe.metrics import PHASES, PhaseClock
+from hpcinfer.observe.trace import Recorder, span
 from hpcinfer.parallel.agree import agree_or_raise, together
 from hpcinfer.parallel.groups import ReplicaGroups, build_groups
 from hpcinfer.runner.leader import lead
 from hpcinfer.runner.preflight import CheckedJob, check_job, open_run
 from hpcinfer.runner.replica_loop import LoopFigures, check_failures
 from hpcinfer.runner.summary import RunSummary
+from hpcinfer.runner.tracing import recording
 from hpcinfer.units import format_count
 
 _REASONS_SHOWN = 5
@@ -85,7 +87,10 @@ def run_job(
             _layout(checked, world.size), plan.attention.name, format_count(plan.limits.num_tokens),
         )
         try:
-            result = _generate(job, checked, plan, run, groups, world.channel, environment, drain, log, console=console)
+            with recording(job, world, groups, run, started=checked.started, log=log) as recorder:
+                result = _generate(
+                    job, checked, plan, run, groups, world.channel, environment, drain, log, recorder, console=console
+                )
         except Exception:
             log.exception("this rank ends with an error")
             raise
@@ -109,27 +114,32 @@ def _generate(
     environment: LaunchEnvironment,
     drain: DrainFlag,
     log: logging.Logger,
+    recorder: Recorder | None,
     *,
     console: bool,
 ) -> _RankResult:
     """Load, then lead or follow until the run needs this replica no longer."""
     clock = PhaseClock()
-    checkpoint = Checkpoint(job.model.path)
-    replica = build_replica(
-        plan, groups, clock=clock,
-        load=lambda stage: together(world, lambda: load_stage(stage, checkpoint), deadline_s=_NO_DEADLINE),
-    )
+    with span(recorder, "load"):
+        checkpoint = Checkpoint(job.model.path)
+        replica = build_replica(
+            plan, groups, clock=clock, recorder=recorder,
+            load=lambda stage: together(world, lambda: load_stage(stage, checkpoint), deadline_s=_NO_DEADLINE),
+        )
     log.info("loaded in %.1f s; rows are written to %s", clock.seconds["load"], run.path)
     start_s = time.monotonic()
     result = _RankResult(phase_seconds=clock.seconds)
     if replica.is_leader:
         result.figures = lead(
-            job, checked, run, replica, environment=environment, drain=drain, clock=clock, console=console
+            job, checked, run, replica, environment=environment, drain=drain, clock=clock, console=console,
+            recorder=recorder,
         )
         result.counters = collections.Counter(dataclasses.asdict(replica.scheduler.counters))
     else:
         replica.follow()
     result.generation_seconds = time.monotonic() - start_s
+    with span(recorder, "release"):
+        del replica, checkpoint
     return result
 
 

@@ -21,6 +21,7 @@ from hpcinfer.launch.env import LaunchEnvironment
 from hpcinfer.launch.signals import DrainFlag
 from hpcinfer.observe.metrics import PhaseClock
 from hpcinfer.observe.progress import ProgressBar
+from hpcinfer.observe.trace import IDLE, Recorder, span
 from hpcinfer.runner.feed import RowFeed
 from hpcinfer.runner.preflight import CheckedJob, job_tokenizer, open_job_prompts
 from hpcinfer.runner.progress import RunProgress, earlier_writers
@@ -39,17 +40,21 @@ def lead(
     drain: DrainFlag,
     clock: PhaseClock,
     console: bool,
+    recorder: Recorder | None = None,
 ) -> LoopFigures:
     """Run the replica until its part is done, merge if the run is, and let the other ranks go.
 
     Args:
         console: show a progress bar for the whole run.
+        recorder: gets what this rank does.
     """
-    known = earlier_writers(run)
-    writer = register_writer(run, _identity(environment, checked), interval_s=job.run.heartbeat_s)
+    with span(recorder, "register"):
+        known = earlier_writers(run)
+        writer = register_writer(run, _identity(environment, checked), interval_s=job.run.heartbeat_s)
     try:
         coverage = Coverage(run, checked.num_rows)
-        coverage.refresh()
+        with span(recorder, "read segments"):
+            coverage.refresh()
         check_failures(
             coverage.num_failed, job.run.allowed_failures(coverage.num_keys), collections.Counter()
         )
@@ -58,18 +63,24 @@ def lead(
             ProgressBar(sys.stderr) if console else None, run, own_id=writer.id, rows_total=coverage.num_keys,
             rows_done=coverage.num_keys - coverage.num_missing, known=known,
         )
-        with open_job_prompts(job) as reader:
-            loop = _loop(job, checked, run, replica, writer, coverage, liveness, reader, drain, clock, progress)
+        with span(recorder, "open prompts"):
+            prompts = open_job_prompts(job)
+        with prompts as reader:
+            with span(recorder, "prepare"):
+                loop = _loop(
+                    job, checked, run, replica, writer, coverage, liveness, reader, drain, clock, progress, recorder
+                )
             figures = loop.run()
         progress.update(figures, force=True)
         progress.close()
         replica.stop()
-        with clock.phase("io"):
-            _merge_when_complete(run, writer, coverage, liveness)
+        with clock.phase("io"), span(recorder, "merge"):
+            _merge_when_complete(run, writer, coverage, liveness, recorder)
     except BaseException:
         writer.leave()  # its claims are free at once; what was not committed is run again
         raise
-    writer.leave(**loop.beat())
+    with span(recorder, "leave"):
+        writer.leave(**loop.beat())
     return figures
 
 
@@ -85,6 +96,7 @@ def _loop(
     drain: DrainFlag,
     clock: PhaseClock,
     progress: RunProgress,
+    recorder: Recorder | None,
 ) -> ReplicaLoop:
     ledger = Ledger(run, writer.id, liveness, coverage, retry_s=job.run.retry_s)
     num_writers = len(writer_ids(run))
@@ -107,10 +119,13 @@ def _loop(
         drain=drain,
         clock=clock,
         on_tick=progress.update,
+        recorder=recorder,
     )
 
 
-def _merge_when_complete(run: RunDirectory, writer: Writer, coverage: Coverage, liveness: Liveness) -> None:
+def _merge_when_complete(
+    run: RunDirectory, writer: Writer, coverage: Coverage, liveness: Liveness, recorder: Recorder | None
+) -> None:
     """Merge, or wait for the writer that does, once every row is committed."""
     coverage.refresh()
     if not coverage.is_full:
@@ -123,7 +138,8 @@ def _merge_when_complete(run: RunDirectory, writer: Writer, coverage: Coverage, 
                 remove_leftovers(run, liveness)  # temporary files of writers that were killed
         else:
             writer.step_finished()
-            time.sleep(_MERGE_POLL_S)
+            with span(recorder, "other writer merges", IDLE):
+                time.sleep(_MERGE_POLL_S)
 
 
 def _identity(environment: LaunchEnvironment, checked: CheckedJob) -> WriterIdentity:

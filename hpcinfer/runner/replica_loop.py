@@ -17,6 +17,7 @@ from hpcinfer.engine.replica import Replica
 from hpcinfer.errors import ConfigError, TooManyFailedRows
 from hpcinfer.launch.signals import DrainFlag
 from hpcinfer.observe.metrics import PhaseClock
+from hpcinfer.observe.trace import IDLE, Recorder, span
 from hpcinfer.request import Generation, Status
 from hpcinfer.runner.feed import RowFeed
 from hpcinfer.scheduler.scheduler import EndedSequence
@@ -47,7 +48,7 @@ class ReplicaLoop:
         replica: of which this rank is the leader.
         feed: requests from claims.
         ledger: for lingering.
-        segments: commits finished rows.
+        segments: commits finished rows, while the next ticks run.
         writer: this life's heartbeat.
         tokenizer: makes text; None leaves it empty.
         max_sequences: sequences in work at once.
@@ -57,6 +58,7 @@ class ReplicaLoop:
         drain: set by a signal: commit what there is and leave.
         clock: where time for reading, tokenising and committing is added.
         on_tick: called after every step, for progress displays.
+        recorder: gets reading, committing, finishing and idling.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class ReplicaLoop:
         drain: DrainFlag,
         clock: PhaseClock,
         on_tick: Callable[[LoopFigures], None],
+        recorder: Recorder | None = None,
     ) -> None:
         self.figures = LoopFigures()
         self._replica = replica
@@ -90,6 +93,7 @@ class ReplicaLoop:
         self._drain = drain
         self._clock = clock
         self._on_tick = on_tick
+        self._recorder = recorder
         self._start_s = time.monotonic()
 
     def run(self) -> LoopFigures:
@@ -105,6 +109,8 @@ class ReplicaLoop:
         except (TooManyFailedRows, ConfigError):
             self._segments.flush()
             raise
+        finally:
+            self._segments.stop()  # whatever ended the loop: no commit of this life goes on after its last word
         return self.figures
 
     def _run(self) -> None:
@@ -122,12 +128,13 @@ class ReplicaLoop:
                 self._writer.set_state("idle", **self.beat())
             if now - idle_since > self._linger_s:
                 break
-            time.sleep(_IDLE_S)
+            with span(self._recorder, "no rows", IDLE):
+                time.sleep(_IDLE_S)
             self._writer.step_finished()
         if self._drain:
             self._writer.set_state("draining", **self.beat())
             self._finish(self._replica.step([], drain=True))
-        with self._clock.phase("io"):
+        with self._clock.phase("io"), span(self._recorder, "commit"):
             self._segments.close()
 
     def _step(self) -> bool:
@@ -135,15 +142,18 @@ class ReplicaLoop:
         idle = self._replica.is_idle
         with self._clock.phase("io"):
             if idle:
-                self._segments.flush()  # claims of our own are done only when their rows are committed
-            requests, failed = self._feed.take(self._wanted - self._replica.scheduler.num_sequences, idle=idle)
+                with span(self._recorder, "commit"):
+                    self._segments.flush()  # claims of our own are done only when their rows are committed
+            with span(self._recorder, "read"):
+                requests, failed = self._feed.take(self._wanted - self._replica.scheduler.num_sequences, idle=idle)
             self._commit(failed)
         if requests or not idle:
             self._finish(self._replica.step(requests))
         elif not failed:
             return False
-        self._writer.step_finished(**self.beat())
-        self._on_tick(self.figures)
+        with span(self._recorder, "beat"):
+            self._writer.step_finished(**self.beat())
+            self._on_tick(self.figures)
         return True
 
     def _finish(self, ended: list[EndedSequence]) -> None:
@@ -151,7 +161,9 @@ class ReplicaLoop:
             self.figures.output_tokens += sum(sequence.num_new_tokens for sequence in ended)
             # A row that a drain cut short before it got further has nothing to keep.
             kept = [sequence for sequence in ended if not sequence.is_cut_short or sequence.num_new_tokens]
-            self._commit([generation_of(sequence, self._tokenizer) for sequence in kept])
+            with span(self._recorder, "finish"):
+                generations = [generation_of(sequence, self._tokenizer) for sequence in kept]
+            self._commit(generations)
 
     def _commit(self, generations: list[Generation]) -> None:
         for generation in generations:
@@ -163,7 +175,8 @@ class ReplicaLoop:
             else:
                 self.figures.failed += 1
                 self.figures.failures[_reason(generation.error)] += 1
-        self._segments.add(generations)
+        with span(self._recorder, "commit"):
+            self._segments.add(generations)
         check_failures(self._failed_before + self.figures.failed, self._max_failed, self.figures.failures)
 
     def beat(self) -> dict[str, float]:

@@ -1,111 +1,61 @@
 """The replicated scheduler: continuous batching with chunked prefill and recompute preemption.
 
 Every rank of a replica runs its own copy and must come to the same decisions, so nothing here looks at a clock, at the
-order of a set, or at whether something has arrived: the only input is the numbered `TickMessage`.
+order of a set, or at whether something has arrived: the only input is the numbered `TickMessage`. With several lanes
+(sequence parallelism) every rank decides for all of them and makes the microbatches of its own.
 """
 
 from __future__ import annotations
 
+import array
 import collections
-import dataclasses
 import zlib
+from typing import NamedTuple
 
 import numpy as np
 
-from hpcinfer.batch import MicroBatch, Step
+from hpcinfer.batch import Step
 from hpcinfer.errors import ConfigError, ReplicaDivergedError, RowError
-from hpcinfer.kvcache.blocks import BlockManager
 from hpcinfer.request import NOT_A_TOKEN, FinishReason, Request
+from hpcinfer.scheduler.balance import is_shared, share, step_tokens
+from hpcinfer.scheduler.lanes import LanePages
+from hpcinfer.scheduler.limits import SchedulerCounters, SchedulerLimits
 from hpcinfer.scheduler.message import TickMessage
-from hpcinfer.scheduler.sequence import Sequence
+from hpcinfer.scheduler.microbatch import build_microbatch
+from hpcinfer.scheduler.sequence import EndedSequence, Sequence
+from hpcinfer.scheduler.work import Piece, Work, divide, drawing, goes_on
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class SchedulerLimits:
-    """What the replica agreed on at its start."""
+class _InFlight(NamedTuple):
+    """A step that is not over."""
 
-    num_blocks: int
-    """Pages of the K/V cache on every rank, page 0 (never owned) included."""
-    block_size: int
-    """Tokens a page holds."""
-    max_batch_tokens: int
-    """Most tokens in one microbatch."""
-    max_sequences: int
-    """Most sequences in work at once."""
-    max_context: int
-    """Longest sequence in tokens, prompt and output together."""
-    lag: int
-    """Tick n uses the results up to tick n - lag; also the number of microbatches in flight."""
-    eos_token_ids: frozenset[int]
-    """The model's own end-of-sequence ids."""
-    num_lanes: int = 1
-    """Lanes of the replica (sp)."""
-    sp_min_tokens: int = 0
-    """Sequences with fewer tokens to prefill are prefilled by their owner lane alone; read with more than one lane."""
-    two_batch_tokens: int = 0
-    """A step with at least this many tokens in its fullest lane is divided into two parts; 0 is off."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens whose keys and values fit into the pages."""
-        return (self.num_blocks - 1) * self.block_size
-
-
-@dataclasses.dataclass(slots=True)
-class SchedulerCounters:
-    """What happened, for the summary and for tests that must see a feature at work."""
-
-    ticks: int = 0
-    microbatches: int = 0
-    prefill_tokens: int = 0
-    decode_tokens: int = 0
-    decode_microbatches: int = 0
-    """Microbatches with at least one decode in them."""
-    decode_context_tokens: int = 0
-    """Tokens whose keys and values decodes have read, summed over all decodes."""
-    chunked_prefills: int = 0
-    """Microbatch entries that computed only a part of a sequence's known tokens."""
-    preemptions: int = 0
-    max_in_flight: int = 0
-    """Most microbatches in flight at once."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class EndedSequence:
-    """A sequence that left the scheduler; `reason` NONE without an error means that a drain cut it short."""
-
-    request: Request
-    output_token_ids: np.ndarray
-    """int32: everything generated, earlier lives included."""
-    reason: FinishReason
-    error: str = ""
-    """Why it failed."""
-
-    @property
-    def is_cut_short(self) -> bool:
-        """True where a drain ended it."""
-        return self.reason is FinishReason.NONE and not self.error
-
-    @property
-    def num_new_tokens(self) -> int:
-        """Tokens generated since its request arrived; those of an earlier life are not counted."""
-        return len(self.output_token_ids) - len(self.request.output_token_ids)
+    tick: int
+    num_tokens: int
+    """In its fullest lane."""
+    num_drawn: int
 
 
 class Scheduler:
-    """Decides which tokens every tick computes. Use: `apply(message)`, then `schedule()`, once a tick each."""
+    """Decides which tokens every tick computes. Use: `apply(message)`, then `schedule()`, once a tick each.
+
+    Args:
+        limits: agreed over the replica.
+        lane: whose microbatches `schedule()` makes; decisions do not depend on it.
+    """
 
     def __init__(self, limits: SchedulerLimits, lane: int = 0) -> None:
         self.limits = limits
-        self.blocks = BlockManager(limits.num_blocks, limits.block_size, release_lag=limits.lag)
+        self.lane = lane
+        self.pages = LanePages(limits)
         self.counters = SchedulerCounters()
         self._waiting: collections.deque[Sequence] = collections.deque()
-        self._running: list[Sequence] = []  # in order of admission; the last is preempted first
+        self._running: dict[int, Sequence] = {}  # in order of admission; the last is preempted first
+        self._prefilling: dict[int, Sequence] = {}  # those of them whose prefill is not complete
         self._by_id: dict[int, Sequence] = {}
         self._next_id = 0
         self._tick = -1
         self._digest = 0
-        self._in_flight: collections.deque[int] = collections.deque()  # ticks whose microbatch is not over
+        self._in_flight: collections.deque[_InFlight] = collections.deque()
 
     # -- what it holds --------------------------------------------------------------------------------------------------
 
@@ -135,7 +85,7 @@ class Scheduler:
         if num_tokens >= limits.max_context:
             raise RowError(f"the prompt has {num_tokens} tokens; at most {limits.max_context - 1} leave room for an output token")
         longest = min(num_tokens + request.sampling.max_tokens, limits.max_context)
-        if self.blocks.blocks_for(longest) > self.blocks.capacity:
+        if self.pages.blocks_for(longest) > self.pages.capacity:
             raise ConfigError(
                 f"row {request.row} may reach {longest} tokens, prompt and output together: more than the K/V cache holds",
                 found=f"pages for {limits.num_tokens} tokens",
@@ -145,8 +95,8 @@ class Scheduler:
     # -- one tick ---------------------------------------------------------------------------------------------------------
 
     def state_hash(self) -> int:
-        """A hash of everything decided so far; equal on all ranks of a replica before each message."""
-        state = (self._tick, self._next_id, len(self._waiting), len(self._running), self.blocks.num_free, self._digest)
+        """A hash of everything decided so far; equal on all ranks of a replica, whatever their lane, before each message."""
+        state = (self._tick, self._next_id, len(self._waiting), len(self._running), self.pages.state, self._digest)
         return zlib.crc32(repr(state).encode())
 
     def apply(self, message: TickMessage) -> list[EndedSequence]:
@@ -163,8 +113,8 @@ class Scheduler:
             )
         self._tick = message.tick
         self.counters.ticks += 1
-        self.blocks.advance(self._tick)
-        while self._in_flight and self._in_flight[0] <= self._tick - self.limits.lag:
+        self.pages.advance(self._tick)
+        while self._in_flight and self._in_flight[0].tick <= self._tick - self.limits.lag:
             self._in_flight.popleft()
         ended = self._take_results(message.result_ids, message.result_tokens)
         for request in message.requests:
@@ -174,149 +124,237 @@ class Scheduler:
         return ended
 
     def schedule(self) -> Step | None:
-        """Choose this tick's tokens; None when nothing can be computed."""
-        chosen: list[tuple[Sequence, int]] = []
-        budget = self.limits.max_batch_tokens
-        room = self._sequences_per_microbatch()
-        promised = 0  # pages that starved sequences wait for
-        for sequence in list(self._running):
-            if budget == 0 or len(chosen) == room:
-                break
-            if sequence.num_to_compute == 0 or not sequence.blocks:  # awaits its token; preempted in this very loop
-                continue
-            num_tokens = min(sequence.num_to_compute, budget)
-            missing = self.blocks.blocks_for(sequence.num_computed + num_tokens) - len(sequence.blocks)
-            if missing > 0:
-                if missing > self.blocks.num_free - promised:
-                    self._make_room(sequence, missing + promised)
-                    promised += missing
-                    continue
-                sequence.blocks += self.blocks.allocate(missing)
-            self._choose(sequence, num_tokens, chosen)
-            budget -= num_tokens
-        if not promised:
-            self._admit(chosen, budget, room)
-        if not chosen:
+        """Choose this tick's tokens on all lanes; None when nothing can be computed. The parts are those of this lane."""
+        work = self._choose()
+        if not work.pieces:
             return None
-        batch = self._microbatch(chosen)
-        drawn = tuple(i for i, draws in zip(batch.sequence_ids, batch.samples, strict=True) if draws)
-        return Step(tick=self._tick, parts=(batch,), drawing=(drawn,))
+        parts = self._parts(work)
+        step = Step(
+            tick=self._tick,
+            parts=tuple(
+                build_microbatch(part, self.lane, tick=self._tick, part=index, block_size=self.limits.block_size)
+                for index, part in enumerate(parts)
+            ),
+            drawing=drawing(parts),
+        )
+        self._count(work, parts, step)
+        for piece in work.shared:
+            if piece.draws:  # the owner decodes it; nobody else reads it after this step
+                self.pages.give_back(piece.sequence, self._tick, but=piece.sequence.owner)
+        return step
 
-    # -- inside -----------------------------------------------------------------------------------------------------------
+    # -- messages ---------------------------------------------------------------------------------------------------------
 
     def _enqueue(self, request: Request) -> None:
-        sequence = Sequence(self._next_id, request)
+        sequence = Sequence(self._next_id, request, num_lanes=self.limits.num_lanes)
         self._next_id += 1
         self._by_id[sequence.id] = sequence
         self._waiting.append(sequence)
+        self._digest = zlib.crc32(np.array(sequence.tokens, np.int32).tobytes(), self._digest)
 
     def _take_results(self, ids: np.ndarray, tokens: np.ndarray) -> list[EndedSequence]:
+        self._digest = zlib.crc32(tokens.tobytes(), zlib.crc32(ids.tobytes(), self._digest))
         ended = []
         for sequence_id, token in zip(ids.tolist(), tokens.tolist(), strict=True):
             sequence = self._by_id.get(sequence_id)
             if sequence is None:  # drained while its last token was in flight
                 continue
             if token == NOT_A_TOKEN:
-                self._running.remove(sequence)
                 error = f"the model's logits are not finite numbers after {sequence.num_output_tokens} output tokens"
                 ended.append(self._end(sequence, FinishReason.NONE, error))
                 continue
             sequence.tokens.append(token)
             reason = sequence.finish_reason(self.limits.eos_token_ids, self.limits.max_context)
             if reason is not FinishReason.NONE:
-                self._running.remove(sequence)
                 ended.append(self._end(sequence, reason))
         return ended
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: str = "") -> EndedSequence:
         del self._by_id[sequence.id]
-        self.blocks.release(sequence.blocks, self._tick)
+        self._stop(sequence)
         return EndedSequence(
             request=sequence.request, output_token_ids=sequence.output_token_ids, reason=reason, error=error
         )
 
     def _give_up_all(self) -> list[EndedSequence]:
-        ended = [self._end(sequence, FinishReason.NONE) for sequence in [*self._running, *self._waiting]]
-        self._running.clear()
+        ended = [self._end(sequence, FinishReason.NONE) for sequence in [*self._running.values(), *self._waiting]]
         self._waiting.clear()
         return ended
 
-    def _sequences_per_microbatch(self) -> int:
-        """With several microbatches in flight, an equal share of the sequences in each keeps every stage busy."""
-        active = min(len(self._running) + len(self._waiting), self.limits.max_sequences)
-        return -(-active // self.limits.lag)
+    # -- choosing ---------------------------------------------------------------------------------------------------------
 
-    def _make_room(self, sequence: Sequence, wanted: int) -> None:
-        """Preempt from the back until `wanted` pages are free or resting. Work in flight is never preempted."""
-        for victim in reversed(list(self._running)):
-            if victim is sequence or self.blocks.num_free + self.blocks.num_resting >= wanted:
+    def _choose(self) -> Work:
+        """What all lanes compute in this tick. Decodes may stand beside prefill where there is one lane only."""
+        limits = self.limits
+        work = Work.nothing(limits.num_lanes)
+        tokens = step_tokens(
+            limits, self.pages,
+            in_flight=sum(step.num_tokens for step in self._in_flight),
+            num_ready=self._num_ready() if limits.num_lanes == 1 else 0,
+            prefilling=self._prefilling.values(),
+            waiting=self._waiting,
+            room=0 if any(self.pages.promised) else limits.max_sequences - len(self._running),
+        )
+        budgets = [tokens] * limits.num_lanes
+        if limits.num_lanes == 1:
+            self._choose_decodes(work, budgets)
+            num_decodes = len(work.local[0])
+            self._choose_prefills(work, budgets)
+            self._admit(work, budgets, num_decodes=num_decodes)
+            return work
+        self._choose_prefills(work, budgets)
+        self._admit(work, budgets)
+        if not work.pieces:
+            self._choose_decodes(work, [limits.max_batch_tokens] * limits.num_lanes)
+        if not work.pieces:  # lanes that closed their doors for a starved decode may find it gone
+            self._admit(work, budgets)
+        return work
+
+    def _choose_decodes(self, work: Work, budgets: list[int]) -> None:
+        """One token of every sequence that has been given its last; in each lane an equal share for each step in flight."""
+        tick, block_size, pages = self._tick, self.limits.block_size, self.pages
+        rooms = [min(b, share(n, self.limits)) for b, n in zip(budgets, pages.num_running, strict=True)]
+        left = sum(rooms)
+        context_tokens = 0
+        pages.promised = [0] * self.limits.num_lanes
+        for sequence in list(self._running.values()):
+            if left == 0:
+                break
+            start, lane = sequence.num_computed, sequence.owner
+            # Its token is awaited; it is being prefilled, or was preempted in this very loop; its lane is full.
+            if start == len(sequence.tokens) or start < sequence.prefill_end or rooms[lane] == 0:
+                continue
+            if start == len(sequence.tables[lane]) * block_size and not self._take_page(sequence, lane):
+                continue
+            sequence.num_computed = start + 1
+            sequence.last_tick = tick
+            work.local[lane].append(Piece(sequence, start, 1, True))
+            context_tokens += start
+            rooms[lane] -= 1
+            left -= 1
+        for lane, pieces in enumerate(work.local):
+            budgets[lane] -= len(pieces)
+            self.counters.decode_tokens += len(pieces)
+        self.counters.decode_context_tokens += context_tokens
+
+    def _choose_prefills(self, work: Work, budgets: list[int]) -> None:
+        for sequence in list(self._prefilling.values()):
+            self._choose_chunk(sequence, work, budgets)
+
+    def _choose_chunk(self, sequence: Sequence, work: Work, budgets: list[int]) -> None:
+        """As many of its tokens as the budgets allow. Its pages for all of them are its own since it was admitted."""
+        num_lanes = self.limits.num_lanes
+        most = num_lanes * min(budgets) if sequence.is_shared else budgets[sequence.owner]
+        num_tokens = min(sequence.num_to_compute, most)
+        if num_tokens == 0:
+            return
+        piece = Piece(sequence, sequence.num_computed, num_tokens, num_tokens == sequence.num_to_compute)
+        sequence.num_computed += num_tokens
+        sequence.last_tick = self._tick
+        if sequence.is_shared:
+            work.shared.append(piece)
+            for lane in range(num_lanes):
+                budgets[lane] -= -(-num_tokens // num_lanes)
+        else:
+            work.local[sequence.owner].append(piece)
+            budgets[sequence.owner] -= num_tokens
+        if piece.draws:
+            del self._prefilling[sequence.id]
+
+    def _num_ready(self) -> int:
+        """Decodes that await no token."""
+        return max(0, len(self._running) - len(self._prefilling) - sum(step.num_drawn for step in self._in_flight))
+
+    def _admit(self, work: Work, budgets: list[int], *, num_decodes: int = 0) -> None:
+        """Start waiting sequences; with the decodes of this step not more than its share of all that could be in work."""
+        most = self.limits.max_sequences
+        active = min(len(self._running) + len(self._waiting), most)
+        for _ in range(min(share(active, self.limits) - num_decodes, most - len(self._running))):
+            if not self._waiting or not self._place(self._waiting[0], budgets):
                 return
-            if victim.last_tick <= self._tick - self.limits.lag:
+            sequence = self._waiting.popleft()
+            self._running[sequence.id] = self._prefilling[sequence.id] = sequence
+            self._choose_chunk(sequence, work, budgets)
+
+    # -- pages ------------------------------------------------------------------------------------------------------------
+
+    def _place(self, sequence: Sequence, budgets: list[int]) -> bool:
+        """Choose the owner and take pages, where there is room for a first chunk and for all known tokens at once: a
+        sequence half prefilled must not starve for the other half."""
+        pages, num_tokens = self.pages, len(sequence.tokens)
+        needed, owner = pages.blocks_for(num_tokens), pages.next_owner()
+        shared = is_shared(num_tokens, self.limits)
+        lanes = range(self.limits.num_lanes) if shared else (owner,)
+        if not all(budgets[lane] > 0 and pages.can_admit(lane, needed) for lane in lanes):
+            return False
+        sequence.owner, sequence.is_shared, sequence.prefill_end = owner, shared, num_tokens
+        pages.num_running[owner] += 1
+        for lane in lanes:
+            pages.take(sequence, lane, needed)
+        self.counters.shared_prefills += shared
+        self.counters.local_prefills_under_sp += self.limits.num_lanes > 1 and not shared
+        return True
+
+    def _take_page(self, sequence: Sequence, lane: int) -> bool:
+        """A page for its next token; or promise it one, preempt others for it, and return False."""
+        if self.pages.promised[lane] < self.pages.lanes[lane].num_free:
+            self.pages.take(sequence, lane, 1)
+            return True
+        self.pages.promised[lane] += 1
+        self._make_room(sequence, lane)
+        return False
+
+    def _make_room(self, sequence: Sequence, lane: int) -> None:
+        """Preempt from the back until the pages promised in `lane` are free or resting. Work in flight is never preempted."""
+        blocks, wanted = self.pages.lanes[lane], self.pages.promised[lane]
+        for victim in reversed(list(self._running.values())):
+            if victim is sequence or blocks.num_free + blocks.num_resting >= wanted:
+                return
+            if victim.tables[lane] and victim.last_tick <= self._tick - self.limits.lag:
                 self._preempt(victim)
 
     def _preempt(self, victim: Sequence) -> None:
-        self._running.remove(victim)
-        self.blocks.release(victim.blocks, self._tick)
-        victim.blocks = []
+        self._stop(victim)
         victim.num_computed = 0
         victim.num_preemptions += 1
         self._waiting.appendleft(victim)
         self.counters.preemptions += 1
 
-    def _admit(self, chosen: list[tuple[Sequence, int]], budget: int, room: int) -> None:
-        while self._waiting and budget and len(chosen) < room and len(self._running) < self.limits.max_sequences:
-            sequence = self._waiting[0]
-            # Pages for all known tokens at once: a sequence half prefilled must not starve for the other half.
-            needed = self.blocks.blocks_for(len(sequence.tokens))
-            if needed > self.blocks.num_free:
-                return
-            self._waiting.popleft()
-            self._running.append(sequence)
-            sequence.blocks = self.blocks.allocate(needed)
-            num_tokens = min(sequence.num_to_compute, budget)
-            self._choose(sequence, num_tokens, chosen)
-            budget -= num_tokens
+    def _stop(self, sequence: Sequence) -> None:
+        """Take it out of the running ones, if it is one, and its pages back."""
+        if self._running.pop(sequence.id, None) is None:
+            return
+        self._prefilling.pop(sequence.id, None)
+        self.pages.num_running[sequence.owner] -= 1
+        self.pages.give_back(sequence, self._tick)
 
-    def _choose(self, sequence: Sequence, num_tokens: int, chosen: list[tuple[Sequence, int]]) -> None:
-        sequence.last_tick = self._tick
-        chosen.append((sequence, num_tokens))
+    # -- the step ---------------------------------------------------------------------------------------------------------
 
-    def _microbatch(self, chosen: list[tuple[Sequence, int]]) -> MicroBatch:
-        widest = max(len(sequence.blocks) for sequence, _ in chosen)
-        block_tables = np.zeros((len(chosen), widest), np.int32)
-        token_ids: list[int] = []
-        context_lens = np.empty(len(chosen), np.int32)
-        samples = np.empty(len(chosen), bool)
-        for index, (sequence, num_tokens) in enumerate(chosen):
-            start = sequence.num_computed
-            block_tables[index, : len(sequence.blocks)] = sequence.blocks
-            token_ids += sequence.tokens[start : start + num_tokens]
-            context_lens[index] = start
-            sequence.num_computed += num_tokens
-            samples[index] = sequence.num_to_compute == 0
-        batch = MicroBatch(
-            tick=self._tick,
-            sequence_ids=tuple(sequence.id for sequence, _ in chosen),
-            token_ids=np.array(token_ids, np.int32),
-            query_lens=np.array([num_tokens for _, num_tokens in chosen], np.int32),
-            context_lens=context_lens,
-            block_tables=block_tables,
-            samples=samples,
-        )
-        self._count(batch)
-        return batch
+    def _parts(self, work: Work) -> tuple[Work, ...]:
+        least = self.limits.two_batch_tokens
+        if least > 0 and max(map(work.tokens_of, range(self.limits.num_lanes))) >= max(2, least):
+            return divide(work)
+        return (work,)
 
-    def _count(self, batch: MicroBatch) -> None:
-        self._in_flight.append(batch.tick)
+    def _count(self, work: Work, parts: tuple[Work, ...], step: Step) -> None:
+        tokens = [sum(lane) for lane in zip(*[part.lane_tokens for part in step.parts], strict=True)]
+        self._in_flight.append(_InFlight(self._tick, max(tokens), sum(map(len, step.drawing))))
         counters = self.counters
-        counters.microbatches += 1
         counters.max_in_flight = max(counters.max_in_flight, len(self._in_flight))
-        counters.prefill_tokens += batch.num_prefill_tokens
-        decodes = batch.is_decode
-        counters.decode_tokens += int(decodes.sum())
-        counters.decode_microbatches += bool(decodes.any())
-        counters.decode_context_tokens += int(batch.context_lens[decodes].sum())
-        counters.chunked_prefills += int((~batch.samples).sum())
-        for array in (batch.token_ids, batch.query_lens, batch.block_tables):
-            self._digest = zlib.crc32(array.tobytes(), self._digest)
-        self._digest = zlib.crc32(repr(batch.sequence_ids).encode(), self._digest)
+        counters.microbatches += len(parts)
+        counters.decode_microbatches += sum(part.has_decodes for part in parts)
+        if work.is_prefill:
+            chunks = [piece for piece in work.pieces if piece.is_prefill]
+            counters.prefill_tokens += sum(piece.num_tokens for piece in chunks)
+            counters.chunked_prefills += sum(not piece.draws for piece in chunks)
+            counters.shared_tokens += sum(piece.num_tokens for piece in work.shared)
+        if len(parts) > 1:
+            counters.divided_steps += 1
+            counters.divided_prompts += goes_on(*parts)
+        for part, batch in zip(parts, step.parts, strict=True):
+            counters.empty_lane_steps += batch.lane_tokens.count(0)
+            sequences, starts, lengths, _ = zip(*part.pieces, strict=True)
+            numbers = array.array("q", [sequence.id for sequence in sequences])
+            numbers.extend(starts)
+            numbers.extend(lengths)
+            self._digest = zlib.crc32(numbers.tobytes(), self._digest)

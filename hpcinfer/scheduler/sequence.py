@@ -1,6 +1,9 @@
-"""A sequence: the state of one request while it is being generated."""
+"""A sequence: the state of one request while it is being generated, and what is left of it at its end."""
 
 from __future__ import annotations
+
+import array
+import dataclasses
 
 import numpy as np
 
@@ -12,17 +15,27 @@ NEVER = -(10**9)
 class Sequence:
     """Mutable state of one request. Every rank of a replica holds an equal copy."""
 
-    __slots__ = ("id", "request", "tokens", "num_prompt_tokens", "num_computed", "blocks", "last_tick", "num_preemptions")
+    __slots__ = (
+        "id", "request", "tokens", "num_prompt_tokens", "num_computed", "prefill_end", "owner", "is_shared", "tables",
+        "last_tick", "num_preemptions",
+    )
 
-    def __init__(self, sequence_id: int, request: Request) -> None:
+    def __init__(self, sequence_id: int, request: Request, *, num_lanes: int = 1) -> None:
         self.id = sequence_id
         self.request = request
         self.tokens: list[int] = [*request.prompt_token_ids.tolist(), *request.output_token_ids.tolist()]
         """Known token ids: the prompt, then the output so far."""
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.num_computed = 0
-        """Tokens given to a microbatch already, those in flight included."""
-        self.blocks: list[int] = []
+        """Tokens given to a step already, those in flight included."""
+        self.prefill_end = 0
+        """Tokens known when it was admitted last: up to here it is prefill, from here on decode."""
+        self.owner = 0
+        """The lane that decodes it, while it is running."""
+        self.is_shared = False
+        """Whether its prefill is spread over the lanes."""
+        self.tables: list[array.array[int]] = [array.array("i") for _ in range(num_lanes)]
+        """Its pages in every lane, in order."""
         self.last_tick = NEVER
         """The last tick that computes some of it."""
         self.num_preemptions = 0
@@ -50,3 +63,25 @@ class Sequence:
         if self.num_output_tokens >= sampling.max_tokens or len(self.tokens) >= max_context:
             return FinishReason.LENGTH
         return FinishReason.NONE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EndedSequence:
+    """A sequence that left the scheduler; `reason` NONE without an error means that a drain cut it short."""
+
+    request: Request
+    output_token_ids: np.ndarray
+    """int32: everything generated, earlier lives included."""
+    reason: FinishReason
+    error: str = ""
+    """Why it failed."""
+
+    @property
+    def is_cut_short(self) -> bool:
+        """True where a drain ended it."""
+        return self.reason is FinishReason.NONE and not self.error
+
+    @property
+    def num_new_tokens(self) -> int:
+        """Tokens generated since its request arrived; those of an earlier life are not counted."""
+        return len(self.output_token_ids) - len(self.request.output_token_ids)

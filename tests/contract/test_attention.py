@@ -48,6 +48,7 @@ class Case:
     head_dim: int = 32
     block_size: int = 16
     window: int | None = None
+    sinks: bool = False
     seed: int = 0
 
     def outputs(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,6 +77,12 @@ class Case:
             samples=np.ones(len(needed), bool),
         )
 
+    def _sinks(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """[N] from one that changes next to nothing to one that takes nearly all."""
+        if not self.sinks:
+            return None
+        return torch.linspace(-4, 6, self.num_heads).to(self.dtype).to(dtype)
+
     def _run(self, backend, q, kv, microbatch) -> torch.Tensor:
         layout = backend.kv_layout(self.block_size, self.num_kv_heads, self.head_dim)
         k_cache, v_cache = (torch.full(layout.shape(self.num_blocks), float("nan"), dtype=q.dtype) for _ in range(2))
@@ -92,7 +99,7 @@ class Case:
         k, v = (torch.cat(part[1::2]) for part in parts) if lens else kv
         spec = AttentionSpec(
             num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim,
-            scale=self.head_dim**-0.5, sliding_window=self.window,
+            scale=self.head_dim**-0.5, sliding_window=self.window, sinks=self._sinks(q.dtype),
         )
         metadata = build_metadata(microbatch, self.block_size, CPU)
         backend.write(k, v, k_cache, v_cache, metadata.slot_mapping)
@@ -118,6 +125,7 @@ def check(case: Case) -> None:
     query = AttentionQuery(
         device_type="cpu", dtype=case.dtype, head_dim=case.head_dim, num_heads=case.num_heads,
         num_kv_heads=case.num_kv_heads, block_size=case.block_size, sliding_window=case.window is not None,
+        sinks=case.sinks,
     )
     reason = BACKENDS[case.backend]().refuses(query)
     if reason is not None:
@@ -131,6 +139,21 @@ def check(case: Case) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_batches(backend, batch, window):
     check(Case(backend=backend, batch=batch, window=window))
+
+
+@pytest.mark.parametrize("window", [None, 1, 7])
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sinks(backend, batch, window):
+    check(Case(backend=backend, batch=batch, window=window, sinks=True))
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 3), (8, 1)])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sinks_of_grouped_heads(backend, dtype, heads):
+    for batch in ("mixed", "uneven decode"):
+        check(Case(backend=backend, batch=batch, dtype=dtype, num_heads=heads[0], num_kv_heads=heads[1], sinks=True))
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 256])
@@ -168,6 +191,7 @@ def test_pieces(backend, monkeypatch):
     monkeypatch.setattr(sdpa, "_GROUP_ELEMENTS", 4000)
     for window in (None, 5):
         check(Case(backend=backend, window=window))
+        check(Case(backend=backend, window=window, sinks=True))
         check(Case(backend=backend, batch="uneven decode", window=window))
 
 

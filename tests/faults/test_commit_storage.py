@@ -20,6 +20,7 @@ from hpcinfer.data.ledger.merge import merge_run
 from hpcinfer.data.ledger.run_directory import create_or_open
 from hpcinfer.data.ledger.segments import SegmentPolicy, SegmentWriter
 from hpcinfer.errors import ResumableError, RunDirectoryError
+from tests.waiting import until
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -50,11 +51,13 @@ def test_full_disk_keeps_rows_and_ends_resumable(small_disk: Path) -> None:
     policy = SegmentPolicy(max_rows=8, retry_s=0.6, backoff_s=0.05)
     writer = SegmentWriter(run, "00" * 8, policy)
     writer.add(_rows(8))
+    writer.flush()
     assert writer.num_committed == 8
     ballast = small_disk / "ballast"
     _fill(ballast)
     writer.add(_rows(NUM_ROWS)[8:20])
-    assert writer.is_refused and writer.num_waiting == 12 and writer.num_committed == 8
+    until(lambda: writer.is_refused)
+    assert writer.num_waiting == 12 and writer.num_committed == 8
     with pytest.raises(ResumableError, match="No space left") as caught:
         writer.flush()
     assert "12 rows" in str(caught.value) and caught.value.exit_code == 3
@@ -141,6 +144,7 @@ def test_few_file_handles(tmp_path: Path, num_handles: int) -> None:
     for index in range(200):
         writer = SegmentWriter(run, f"{index:016x}", SegmentPolicy(max_rows=5))
         writer.add([stub_generation(row) for row in range(index, 1000, 200)])
+        writer.flush()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (num_handles, hard))
     try:

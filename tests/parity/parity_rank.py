@@ -7,6 +7,7 @@ Rank 0 writes, for each layout, the tokens of every row and the logits from whic
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 
@@ -42,10 +43,12 @@ class RecordingSampler:
 
 
 def run_layout(world: World, folder: str, layout: dict, engine: dict, num_blocks: int, rows: list[dict]) -> dict | None:
-    """One layout on `world`; rank 0 returns {"tokens": {row: ids}, "logits": {uniform: [V]}, "counters": ...}."""
+    """One layout on `world`; rank 0 returns {"tokens": {row: ids}, "logits": {uniform: [V]}, "counters": {name: least}}."""
     parallel = ParallelConfig(**layout)
-    mesh = Mesh.of(world.size, pp=parallel.pp, tp=parallel.tp, rank=world.rank)
-    groups = build_groups(world, mesh)
+    mesh = Mesh.of(
+        world.size, pp=parallel.pp, sp=parallel.sp, tp=parallel.tp, ep=parallel.ep, rank=world.rank
+    )
+    groups = build_groups(world, mesh, sequence_form=parallel.sequence_form)
     checkpoint = Checkpoint(folder)
     model = ModelConfig.from_folder(folder)
     num_layers = len(stage_layers(model, parallel)[mesh.stage])
@@ -69,16 +72,18 @@ def run_layout(world: World, folder: str, layout: dict, engine: dict, num_blocks
         replica.stop()
     else:
         replica.follow()
-    counters = replica.scheduler.counters
-    gathered = world.channel.gather((tokens, recorder.logits, counters.preemptions, counters.chunked_prefills, counters.max_in_flight))
+    counters = dataclasses.asdict(replica.scheduler.counters)
+    for name in ("tp", "sp", "ep"):
+        counters[f"{name}_operations"] = getattr(groups.axes, name).counters.operations
+    gathered = world.channel.gather((tokens, recorder.logits, counters))
     groups.close()
     if gathered is None:
         return None
     merged = {"tokens": {}, "logits": {}}
-    for tokens, logits, *_ in gathered:
+    for tokens, logits, _ in gathered:
         merged["tokens"].update(tokens)
         merged["logits"].update(logits)
-    merged["counters"] = [min(g[index] for g in gathered) for index in (2, 3, 4)]
+    merged["counters"] = {name: min(counters[name] for *_, counters in gathered) for name in counters}
     return merged
 
 
@@ -98,14 +103,16 @@ def main(place: Place) -> int:
     for name, case in cases["layouts"].items():
         sub = world.first(case["ranks"])
         if sub is not None:
-            result = run_layout(sub, folder, case["layout"], cases["engine"], cases["num_blocks"], cases["rows"])
+            engine = {**cases["engine"], **case.get("engine", {})}
+            num_blocks = case.get("num_blocks", cases["num_blocks"])
+            result = run_layout(sub, folder, case["layout"], engine, num_blocks, cases["rows"])
             if result is not None:
                 for row, tokens in result["tokens"].items():
                     arrays[f"{name}/tokens/{row}"] = tokens
                 uniforms = sorted(result["logits"])
                 arrays[f"{name}/uniforms"] = np.array(uniforms)
                 arrays[f"{name}/logits"] = np.stack([result["logits"][u] for u in uniforms])
-                arrays[f"{name}/counters"] = np.array(result["counters"])
+                arrays[f"{name}/counters"] = np.array(json.dumps(result["counters"]))
         world.channel.barrier()
     if world.rank == 0:
         np.savez(results_file, **arrays)

@@ -1,7 +1,8 @@
 """Greedy generation in every layout against Hugging Face transformers, with chunked prefill and preemption at work.
 
-Each variant of every family is written by transformers (random, float32), run through all layouts in one world of four MPI
-ranks, and compared token for token and logit for logit with transformers' own forward over the same sequences.
+Each variant of every family is written by transformers (random, float32), run through its layouts in one world of MPI ranks,
+and compared token for token and logit for logit with transformers' own forward over the same sequences. Every layout
+asserts that what it is there for has happened: chunks, preemption, steps in flight, shared prompts, divided steps, transfers.
 """
 
 from __future__ import annotations
@@ -15,18 +16,10 @@ import torch
 from hpcinfer.sampling.rng import keyed_uniform
 from tests.checkpoints import VARIANTS, load_reference, make_variant
 from tests.mpi import run_ranks
+from tests.parity.layouts import LAYOUTS, layouts_of
 
-LAYOUTS = {
-    "tp1": {"ranks": 1, "layout": {}},
-    "tp2": {"ranks": 2, "layout": {"tp": 2}},
-    "pp2": {"ranks": 2, "layout": {"pp": 2}},
-    "pp3": {"ranks": 3, "layout": {"pp": 3}},
-    "dp2": {"ranks": 2, "layout": {}},
-    "tp2 x pp2": {"ranks": 4, "layout": {"tp": 2, "pp": 2}},
-    "dp2 x tp2": {"ranks": 4, "layout": {"tp": 2}},
-}
-# 20 pages of 4 tokens for sequences that reach 49 tokens, and microbatches of 16 tokens for prompts of up to 37: preemption
-# and chunked prefill must happen in every layout.
+# 20 pages of 4 tokens a lane for sequences that reach 49 tokens, and microbatches of 16 tokens for prompts of up to 37:
+# preemption and chunked prefill must happen in every layout.
 ENGINE = {"block_size": 4, "max_batch_tokens": 16, "max_sequences": 8, "max_context": 64}
 NUM_BLOCKS = 20
 PROMPT_LENS = (1, 37, 12, 23, 5, 30, 18, 2, 9, 33)
@@ -36,7 +29,7 @@ LOGIT_TOLERANCE = 1e-4
 MARGIN = 1e-5
 """Two tokens whose reference logits are closer than this may change places: float32 does not tell them apart."""
 
-ALWAYS = ("llama", "qwen3")
+ALWAYS = ("llama", "qwen3", "gpt2", "mixtral", "gpt-oss")
 CASES = [pytest.param(name, marks=() if name in ALWAYS else pytest.mark.full) for name in VARIANTS]
 
 
@@ -48,14 +41,30 @@ def test_tokens_and_logits_equal_transformers(variant, tmp_path):
         assert len(list(folder.glob("model-*.safetensors"))) > 1
     reference = load_reference(folder)
     rows = make_rows(reference.config.vocab_size)
-    results = run_cases(tmp_path, folder, rows)
-    for name in LAYOUTS:
+    names = layouts_of(variant)
+    results = run_cases(tmp_path, folder, rows, names)
+    for name in names:
         for row in rows:
             check_row(reference, row, results, name)
-        preemptions, chunks, in_flight = results[f"{name}/counters"].tolist()
-        assert chunks > 0, f"{name}: no prefill was chunked"
-        assert preemptions > 0, f"{name}: nothing was preempted"
-        assert in_flight == LAYOUTS[name]["layout"].get("pp", 1), f"{name}: microbatches in flight"
+        check_counters(name, json.loads(str(results[f"{name}/counters"])))
+
+
+def check_counters(name: str, counters: dict[str, int]) -> None:
+    """What the layout is there for has happened."""
+    layout = LAYOUTS[name]["layout"]
+    wanted = set(LAYOUTS[name].get("counters", ("chunked_prefills", "preemptions")))
+    if layout.get("sp", 1) > 1:
+        wanted |= {"shared_prefills", "local_prefills_under_sp", "sp_operations"}
+    if layout.get("two_batch", "off") != "off":
+        wanted |= {"divided_steps", "divided_prompts"}
+    if layout.get("tp", 1) > 1:
+        wanted.add("tp_operations")
+    if layout.get("ep", 1) > 1:
+        wanted.add("ep_operations")
+    missing = sorted(counter for counter in wanted if counters[counter] == 0)
+    assert not missing, f"{name}: {missing} did not happen: {counters}"
+    in_flight = layout.get("microbatches") or layout.get("pp", 1)
+    assert counters["max_in_flight"] == in_flight, f"{name}: steps in flight"
 
 
 def make_rows(vocab_size: int) -> list[dict]:
@@ -70,11 +79,12 @@ def make_rows(vocab_size: int) -> list[dict]:
     ]
 
 
-def run_cases(tmp_path, folder, rows) -> dict[str, np.ndarray]:
-    cases = {"layouts": LAYOUTS, "rows": rows, "engine": ENGINE, "num_blocks": NUM_BLOCKS}
+def run_cases(tmp_path, folder, rows, names) -> dict[str, np.ndarray]:
+    layouts = {name: LAYOUTS[name] for name in names}
+    cases = {"layouts": layouts, "rows": rows, "engine": ENGINE, "num_blocks": NUM_BLOCKS}
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     run_ranks(
-        4, ["tests/parity/parity_rank.py", folder, tmp_path / "cases.json", tmp_path / "results.npz"], timeout_s=240
+        max(layout["ranks"] for layout in layouts.values()), ["tests/parity/parity_rank.py", folder, tmp_path / "cases.json", tmp_path / "results.npz"], timeout_s=240
     ).check()
     with np.load(tmp_path / "results.npz") as stored:
         return dict(stored)

@@ -1,18 +1,18 @@
-"""The segment writer: keeps finished rows in memory, commits them as segments, and compacts its own segments."""
+"""The segment writer: keeps finished rows in memory, and has them committed as segments while the loop goes on."""
 
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from hpcinfer.data.ledger.commit import commit_bytes, fsync_folder, is_transient, remove_quietly
-from hpcinfer.data.ledger.coverage import segment_name
 from hpcinfer.data.generation_table import GenerationTable
-from hpcinfer.data.generations import GenerationFile, encode_table
+from hpcinfer.data.ledger.commit import is_transient
+from hpcinfer.data.ledger.committer import Committer
 from hpcinfer.data.ledger.run_directory import RunDirectory, unusable
-from hpcinfer.errors import DataError, ResumableError
+from hpcinfer.data.ledger.segment_store import Segment, SegmentStore
+from hpcinfer.errors import ResumableError
 from hpcinfer.request import Generation, Status
 from hpcinfer.units import format_bytes
 
@@ -43,33 +43,31 @@ class SegmentPolicy:
     """
     backoff_s: float = 0.5
     """Wait before the first retry; it doubles up to 30 s. Default 0.5 s."""
+    max_queued: int = 4
+    """Segments on their way to the storage. While there are so many `add` waits, unless the storage refuses. Default
+    4.
+    """
     max_buffer_bytes: int = 2**30
-    """Rows waiting for the storage may take this much memory. Default 1 GiB."""
+    """Rows waiting for a storage that refuses may take this much memory. Default 1 GiB."""
     max_segments: int = 64
     """Small segments kept before they are compacted into larger ones. Default 64; see `segment_limit`."""
     compact_bytes: int = 64 * 2**20
     """Size of a compacted segment; one of half this size is not compacted again. Default 64 MiB."""
 
 
-@dataclasses.dataclass(slots=True)
-class _Pending:
-    """A segment on its way to the disk: the same name and bytes at every attempt."""
-
-    name: str
-    image: bytes
-    table: GenerationTable
-
-
 class SegmentWriter:
-    """Commits the generations of one writer.
+    """Commits the generations of one writer, in a background thread.
 
-    `add` never waits: while the storage refuses (full, over quota, I/O error) rows stay in memory and `add` and
-    `poll` try again when the back-off allows. `flush` waits. Rows are counted (`num_ok` ...) only when they are
-    committed.
+    `add` hands full segments over and returns. It waits only while `policy.max_queued` segments are on their way and
+    the storage takes them; while the storage refuses (full, over quota, I/O error) rows stay in memory, and the thread
+    tries again with a back-off. `flush` waits until everything is on disk.
 
-    `on_commit(name, table)` is called after each commit (for `Coverage.add_table` and the heartbeat).
-    Raises ResumableError when the storage has refused for `policy.retry_s` or the memory for waiting rows is used up;
-    RunDirectoryError when it refuses for a reason that waiting cannot cure (no permission, folder gone).
+    Rows are counted (`num_ok` ...), and `on_commit(name, table)` is called (for `Coverage.add_table`), only when they
+    are on disk: in the next `add`, `poll`, `flush` or `close`, in the order of the segments, by the thread that calls.
+
+    The same calls raise what went wrong in the background: ResumableError when the storage has refused for
+    `policy.retry_s` or the memory for waiting rows is used up; RunDirectoryError when it refuses for a reason that
+    waiting cannot cure (no permission, folder gone). Rows are kept, and `flush` tries once more.
     """
 
     def __init__(
@@ -80,39 +78,32 @@ class SegmentWriter:
         *,
         on_commit: Callable[[str, GenerationTable], None] = lambda name, table: None,
         clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
+        wait: Callable[[threading.Condition, float], object] = threading.Condition.wait,
     ) -> None:
+        """`wait`: how the thread waits in a back-off, on a condition that it holds, for so many seconds."""
         self._run = run
-        self._writer_id = writer_id
         self._policy = policy
         self._on_commit = on_commit
         self._clock = clock
-        self._sleep = sleep
-        self._sequence = 0
+        self._store = SegmentStore(
+            run, writer_id, max_segments=policy.max_segments, compact_bytes=policy.compact_bytes
+        )
+        self._committer = Committer(
+            self._store, retry_s=policy.retry_s, backoff_s=policy.backoff_s, clock=clock, wait=wait
+        )
         self._buffer: list[Generation] = []
         self._buffer_bytes = 0
         self._oldest_at = 0.0
-        self._pending: list[_Pending] = []
-        self._failing_since: float | None = None
-        self._retry_at = float("-inf")
-        self._backoff_s = policy.backoff_s
-        self._last_error = ""
-        self._sizes: dict[str, int] = {}
-        self._compact_at = policy.max_segments
+        self.num_waiting = 0
+        """Rows that were added and are not counted as committed."""
         self.num_ok = 0
         """(row, sample) committed as ok."""
         self.num_failed = 0
         """(row, sample) committed as failed."""
         self.num_partial = 0
         """(row, sample) committed as partial."""
-        self.num_retries = 0
-        """Commits that the storage refused."""
-        self.num_compactions = 0
-
-    @property
-    def num_waiting(self) -> int:
-        """Rows in memory, not committed."""
-        return len(self._buffer) + sum(len(pending.table) for pending in self._pending)
+        self.commit_wait_s = 0.0
+        """Seconds in which `add`, `flush` and `close` waited for commits; what is left of `commit_s` was hidden."""
 
     @property
     def num_committed(self) -> int:
@@ -122,149 +113,126 @@ class SegmentWriter:
     @property
     def is_refused(self) -> bool:
         """Whether the storage refuses commits at the moment."""
-        return self._failing_since is not None
+        return self._committer.failing_since is not None
+
+    @property
+    def num_retries(self) -> int:
+        """Commits that the storage refused."""
+        return self._committer.num_retries
+
+    @property
+    def num_compactions(self) -> int:
+        """Compacted segments written."""
+        return self._store.num_compactions
+
+    @property
+    def commit_s(self) -> float:
+        """Seconds in which segments were built, committed and compacted in the background."""
+        return self._committer.commit_s
 
     def add(self, generations: Sequence[Generation]) -> None:
-        """Takes finished (or, when draining, partial) rows, and commits when a threshold is reached."""
+        """Takes finished (or, when draining, partial) rows, and has them committed when a threshold is reached."""
         if generations and not self._buffer:
             self._oldest_at = self._clock()
         self._buffer.extend(generations)
-        self._buffer_bytes += sum(
-            _ROW_OVERHEAD_BYTES + len(g.text) + 4 * len(g.token_ids) + len(g.error) for g in generations
-        )
+        self._buffer_bytes += _num_bytes(generations)
+        self.num_waiting += len(generations)
         self.poll()
 
     def poll(self) -> None:
-        """Commits what has waited long enough. To be called between steps."""
+        """Counts what was committed, and has committed what has waited long enough. To be called between steps."""
+        self._collect()
         self._cut(force=False)
-        self._try_commits()
-        waiting_bytes = self._buffer_bytes + sum(len(pending.image) for pending in self._pending)
-        if self._failing_since is not None and waiting_bytes > self._policy.max_buffer_bytes:
-            raise self._give_up(f"{format_bytes(waiting_bytes)} wait in memory")
+        if self.is_refused:
+            waiting_bytes = self._buffer_bytes + self._committer.num_bytes
+            if waiting_bytes > self._policy.max_buffer_bytes:
+                raise self._give_up(f"{format_bytes(waiting_bytes)} wait in memory")
 
     def flush(self) -> None:
         """Commits everything, waiting for the storage for at most `policy.retry_s` since it first refused."""
+        self._collect()
+        self._committer.hurry()
+        self._committer.start()
         self._cut(force=True)
-        self._retry_at = float("-inf")
-        while True:
-            self._try_commits()
-            if not self._pending:
-                return
-            self._sleep(max(0.0, self._retry_at - self._clock()))
+        self._wait_for(lambda: not self._committer.is_running)
+        self._committer.join()
+        self._collect()
 
     def close(self) -> None:
         """`flush`, then leaves as few segments behind as compaction allows."""
         self.flush()
-        self._compact(minimum=8)
+        began = self._clock()
+        try:
+            self._store.compact(minimum=8)
+        except OSError as error:
+            raise unusable(self._run.path, error) from error
+        self.commit_wait_s += self._clock() - began
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """For a life that ends by an error: what is on its way is tried without retries, for at most `timeout_s`, and
+        is not counted. Raises nothing; nothing to do after `close`.
+        """
+        self._committer.stop(timeout_s)
 
     def _cut(self, *, force: bool) -> None:
-        while self._buffer:
-            full = len(self._buffer) >= self._policy.max_rows or self._buffer_bytes >= self._policy.max_bytes
-            old = self._clock() - self._oldest_at >= self._policy.max_age_s
-            if not (full or old or force):
-                return
+        """Makes segments of the buffer, as far as the queue takes them; all of it with `force`."""
+        while self._buffer and (force or self._is_due()):
+            if not self._has_room():
+                self._wait_for(
+                    lambda: self._has_room() or self._committer.has_failed or (self.is_refused and not force)
+                )
+                self._collect()
+                if not self._has_room():
+                    return
             taken = self._buffer[: self._policy.max_rows]
             del self._buffer[: self._policy.max_rows]
-            if not self._buffer:
-                self._buffer_bytes = 0
-            else:
-                self._buffer_bytes -= min(self._buffer_bytes, self._policy.max_bytes)
-            table = GenerationTable.from_generations(taken).sorted()
-            self._pending.append(_Pending(self._next_name(), encode_table(table, self._run.uuid), table))
+            num_bytes = _num_bytes(taken) if self._buffer else self._buffer_bytes
+            self._buffer_bytes -= num_bytes
+            self._committer.put(Segment(taken, num_bytes))
 
-    def _next_name(self) -> str:
-        self._sequence += 1
-        return segment_name(self._writer_id, self._sequence - 1)
+    def _is_due(self) -> bool:
+        return (
+            len(self._buffer) >= self._policy.max_rows
+            or self._buffer_bytes >= self._policy.max_bytes
+            or self._clock() - self._oldest_at >= self._policy.max_age_s
+        )
 
-    def _try_commits(self) -> None:
-        while self._pending and self._clock() >= self._retry_at:
-            pending = self._pending[0]
-            try:
-                commit_bytes(self._run.segments, pending.name, pending.image)
-            except OSError as error:
-                self._refused(error)
-                return
-            del self._pending[0]
-            self._failing_since = None
-            self._retry_at = float("-inf")
-            self._backoff_s = self._policy.backoff_s
-            self._count(pending)
-            if len(self._sizes) > self._compact_at:
-                self._compact(minimum=2)
+    def _has_room(self) -> bool:
+        return self._committer.num_queued < self._policy.max_queued
 
-    def _count(self, pending: _Pending) -> None:
-        self._sizes[pending.name] = len(pending.image)
-        status = pending.table.status
-        self.num_ok += int((status == Status.OK).sum())
-        self.num_failed += int((status == Status.FAILED).sum())
-        self.num_partial += int((status == Status.PARTIAL).sum())
-        self._on_commit(pending.name, pending.table)
+    def _wait_for(self, condition: Callable[[], bool]) -> None:
+        began = self._clock()
+        self._committer.wait_for(condition)
+        self.commit_wait_s += self._clock() - began
 
-    def _refused(self, error: OSError) -> None:
+    def _collect(self) -> None:
+        """Counts what was committed, then raises what went wrong."""
+        for segment in self._committer.take_committed():
+            self.num_waiting -= len(segment.table)
+            status = segment.table.status
+            self.num_ok += int((status == Status.OK).sum())
+            self.num_failed += int((status == Status.FAILED).sum())
+            self.num_partial += int((status == Status.PARTIAL).sum())
+            self._on_commit(segment.name, segment.table)
+        error = self._committer.take_failure()
+        if error is None:
+            return
+        if not isinstance(error, OSError):
+            raise error
         if not is_transient(error):
             raise unusable(self._run.path, error) from error
-        now = self._clock()
-        self.num_retries += 1
-        self._last_error = error.strerror or str(error)
-        if self._failing_since is None:
-            self._failing_since = now
-        if now - self._failing_since >= self._policy.retry_s:
-            raise self._give_up(f"refused for {now - self._failing_since:.0f} s") from error
-        remaining = self._policy.retry_s - (now - self._failing_since)
-        self._retry_at = now + min(self._backoff_s, remaining)
-        self._backoff_s = min(30.0, 2 * self._backoff_s)
+        refused_s = self._clock() - self._committer.failing_since
+        raise self._give_up(f"refused for {refused_s:.0f} s") from error
 
     def _give_up(self, why: str) -> ResumableError:
+        error = self._committer.refusal
         return ResumableError(
-            f"{self.num_waiting} rows cannot be written to {self._run.segments}: {self._last_error}",
+            f"{self.num_waiting} rows cannot be written to {self._run.segments}: {error.strerror or error}",
             found=f"{why}; {self.num_committed} rows of this life are committed",
             fix="free space or quota and start the same job again; it goes on from what is committed",
         )
 
-    # Compaction -----------------------------------------------------------------------------------------------------
 
-    def _compact(self, minimum: int) -> None:
-        """Merges this writer's small segments. The compacted one is committed before the old ones are unlinked: a
-        reader may see both, and drops the duplicates. Storage trouble puts it off; rows are safe where they are.
-        """
-        small = [name for name, size in self._sizes.items() if size < self._policy.compact_bytes // 2]
-        group: list[str] = []
-        group_bytes = 0
-        try:
-            for name in [*small, None]:
-                if group and (name is None or group_bytes + self._sizes[name] > self._policy.compact_bytes):
-                    if len(group) >= minimum:
-                        self._compact_group(group)
-                    group, group_bytes = [], 0
-                if name is not None:
-                    group.append(name)
-                    group_bytes += self._sizes[name]
-        except OSError as error:
-            if not is_transient(error):
-                raise unusable(self._run.path, error) from error
-        # Large segments and refused ones count on, so that a compaction is not tried at every commit.
-        self._compact_at = len(self._sizes) + self._policy.max_segments
-
-    def _compact_group(self, names: list[str]) -> None:
-        tables = []
-        read = []
-        for name in names:
-            try:
-                with GenerationFile(self._run.segments / name) as file:
-                    tables.append(file.table())
-                read.append(name)
-            except (DataError, FileNotFoundError):
-                # Damaged or taken away since: left to the readers, who mark it and run its rows again.
-                del self._sizes[name]
-        if len(read) < 2:
-            return
-        table = GenerationTable.concatenate(tables).deduplicated()
-        compacted = self._next_name()
-        image = encode_table(table, self._run.uuid)
-        commit_bytes(self._run.segments, compacted, image)
-        self._sizes[compacted] = len(image)
-        self.num_compactions += 1
-        for name in read:
-            remove_quietly(Path(self._run.segments / name))
-            del self._sizes[name]
-        fsync_folder(self._run.segments)
+def _num_bytes(generations: Sequence[Generation]) -> int:
+    """About the memory that rows take."""
+    return sum(_ROW_OVERHEAD_BYTES + len(g.text) + 4 * len(g.token_ids) + len(g.error) for g in generations)

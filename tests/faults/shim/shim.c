@@ -19,6 +19,8 @@ enum { OFF, KILL_BEFORE, KILL_AFTER, TORN, FAIL_ONE, FAIL_FROM, SHORT_WRITE };
 static char folder[PATH_MAX];
 static size_t folder_length;
 static int target, mode = OFF, injected_errno, calls, active;
+/* The number of the call that this thread is in: several threads may touch the folder at once. */
+static __thread int own;
 
 #define NEXT(name) ((__typeof__(name) *)dlsym(RTLD_NEXT, #name))
 
@@ -46,15 +48,15 @@ static void die(void) { kill(getpid(), SIGKILL); for (;;) pause(); }
 /* Returns 1 when the call is to fail with errno set. */
 static int before(int touches) {
     if (!touches) return 0;
-    calls++;
-    if ((mode == FAIL_ONE && calls == target) || (mode == FAIL_FROM && calls >= target)) {
+    own = __atomic_add_fetch(&calls, 1, __ATOMIC_SEQ_CST);
+    if ((mode == FAIL_ONE && own == target) || (mode == FAIL_FROM && own >= target)) {
         errno = injected_errno;
         return 1;
     }
-    if (calls == target && (mode == KILL_BEFORE || mode == TORN)) die();
+    if (own == target && (mode == KILL_BEFORE || mode == TORN)) die();
     return 0;
 }
-static void after(int touches) { if (touches && calls == target && mode == KILL_AFTER) die(); }
+static void after(int touches) { if (touches && own == target && mode == KILL_AFTER) die(); }
 
 #define WRAP(touches_expr, call) do { int t = (touches_expr); if (before(t)) return -1; __auto_type r = (call); \
     int e = errno; after(t); errno = e; return r; } while (0)

@@ -36,11 +36,11 @@ def test_unknown_name_lists_the_valid():
 
 
 def test_refusal_names_the_condition():
-    query = dataclasses.replace(QUERY, sinks=True)
-    with pytest.raises(ConfigError, match="(?s)attention sinks not supported.*NAIVE"):
+    query = dataclasses.replace(QUERY, softcap=True)
+    with pytest.raises(ConfigError, match="(?s)softcap not supported.*NAIVE"):
         select_backend(query, setting="SDPA")
     assert select_backend(query).name == "NAIVE"
-    assert explain_backends(query) == {"SDPA": "attention sinks not supported", "NAIVE": None}
+    assert explain_backends(query) == {"SDPA": "softcap not supported", "NAIVE": None}
 
 
 def test_query_of_a_model():
@@ -50,3 +50,8 @@ def test_query_of_a_model():
     )
     query = attention_query(config, tp=4, block_size=16, dtype=torch.float32, device=torch.device("cpu"))
     assert (query.num_heads, query.num_kv_heads, query.sliding_window, query.capability) == (2, 1, True, None)
+    assert not query.sinks
+    sinks = dataclasses.replace(config, attention_sinks=True)
+    query = attention_query(sinks, tp=4, block_size=16, dtype=torch.float32, device=torch.device("cpu"))
+    assert query.sinks and explain_backends(query)["SDPA"] is None
+    assert "attention sinks" in explain_backends(dataclasses.replace(query, device_type="cuda"))["SDPA"]

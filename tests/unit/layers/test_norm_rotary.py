@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hpcinfer.config.model import ModelConfig
-from hpcinfer.layers.norm import QkNorm, RmsNorm
+from hpcinfer.layers.norm import LayerNorm, QkNorm, RmsNorm
 from hpcinfer.layers.rotary import Rotary, rotate
 from tests.checkpoints import LINEAR_ROPE, LLAMA3_ROPE, YARN_ROPE
 
@@ -59,3 +59,17 @@ def test_rotary(rope, dtype):
     tables = Rotary(ours.rope, ours.head_dim, dtype=dtype, device=CPU).tables(positions)
     assert torch.equal(rotate(q, *tables), wanted_q[0])
     assert torch.equal(rotate(k, *tables), wanted_k[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_norm(dtype):
+    theirs = torch.nn.LayerNorm(48, eps=1e-5)
+    theirs.weight.data.normal_(), theirs.bias.data.normal_()
+    theirs = theirs.to(dtype)
+    ours = LayerNorm(48, eps=1e-5, dtype=dtype, device=CPU)
+    for name, load in ours.weights().items():
+        load(getattr(theirs, name).data)
+    x = (torch.randn(7, 48) * 3 + 5).to(dtype)
+    kept = x.clone()
+    assert torch.equal(ours.forward(x), theirs(x))
+    assert torch.equal(x, kept)

@@ -25,9 +25,9 @@ BLOCK_SIZE = 4
 
 def build_stages(
     folder: Path, backend: type[AttentionBackend], *, tp: int = 1, stages: Sequence[range] | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32, sequence_form: bool = False, ep: int = 1, **more,
 ) -> list[list[StageModel]]:
-    """All ranks of one replica: [stage][tp rank], weights loaded."""
+    """All ranks of one replica: [stage][tp rank], weights loaded. `ep` is 1 or tp, `more` a family's own arguments."""
     config = ModelConfig.from_folder(folder)
     checkpoint = Checkpoint(folder)
     built = []
@@ -35,7 +35,12 @@ def build_stages(
         ranks = []
         for rank in range(tp):
             comm = LocalCommunicator("tp") if tp == 1 else LockstepCommunicator(rank, tp)
-            model = model_class(config)(config, layers=layers, axes=StageAxes(tp=comm), backend=backend(), dtype=dtype, device=CPU)
+            axes = StageAxes(
+                tp=comm, ep=comm if ep > 1 else LocalCommunicator("ep"), sequence_form=sequence_form
+            )
+            model = model_class(config)(
+                config, layers=layers, axes=axes, backend=backend(), dtype=dtype, device=CPU, **more
+            )
             load_stage(model, checkpoint)
             ranks.append(model)
         built.append(ranks)
@@ -60,15 +65,15 @@ class Replica:
 
     def step(self, chunks: dict[int, np.ndarray], samples: Sequence[bool] | None = None) -> torch.Tensor:
         """Compute {sequence: next tokens}; logits [number of samples, V] in the order of the dict."""
-        ids = np.array(list(chunks))
+        ids = np.array(list(chunks), np.int64)
         microbatch = MicroBatch(
             tick=0,
             sequence_ids=tuple(chunks),
-            token_ids=np.concatenate(list(chunks.values())).astype(np.int32),
+            token_ids=np.concatenate([np.empty(0, np.int32), *chunks.values()]).astype(np.int32),
             query_lens=np.array([len(tokens) for tokens in chunks.values()], np.int32),
             context_lens=self.context[ids],
             block_tables=self.block_tables[ids].astype(np.int32),
-            samples=np.array([True] * len(ids) if samples is None else samples),
+            samples=np.array([True] * len(ids) if samples is None else samples, bool),
         )
         hidden: list[torch.Tensor | None] = [None] * len(self.stages[0])
         with torch.inference_mode():

@@ -11,8 +11,9 @@ from hpcinfer.attention.sdpa import SdpaBackend
 from hpcinfer.comm.local import LocalCommunicator
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.models import footprint
-from hpcinfer.models.llama import LlamaStage
+from hpcinfer.models.base import StageModel
 from hpcinfer.models.random_weights import fill_random
+from hpcinfer.models.registry import model_class
 from hpcinfer.parallel.axes import StageAxes
 from tests.unit.layers.lockstep import LockstepCommunicator
 from tests.unit.models.stages import Replica
@@ -26,12 +27,18 @@ CONFIGS = {
     "plain": CONFIG,
     "everything": dataclasses.replace(CONFIG, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True, head_dim=10),
     "tied": dataclasses.replace(CONFIG, tie_word_embeddings=True),
+    "gpt2": dataclasses.replace(
+        CONFIG, family="GPT2LMHeadModel", num_kv_heads=4, head_dim=6, norm="layer", rope=None, learned_positions=True,
+        gated_mlp=False, hidden_act="gelu_tanh", qkv_bias=True, o_bias=True, mlp_bias=True, tie_word_embeddings=True,
+    ),
 }
 
 
-def make(config: ModelConfig, layers: range, rank: int = 0, tp: int = 1) -> LlamaStage:
+def make(config: ModelConfig, layers: range, rank: int = 0, tp: int = 1) -> StageModel:
     comm = LocalCommunicator("tp") if tp == 1 else LockstepCommunicator(rank, tp)
-    return LlamaStage(config, layers=layers, axes=StageAxes(tp=comm), backend=SdpaBackend(), dtype=torch.bfloat16, device=CPU)
+    return model_class(config)(
+        config, layers=layers, axes=StageAxes(tp=comm), backend=SdpaBackend(), dtype=torch.bfloat16, device=CPU
+    )
 
 
 def stored(thing: object, seen: dict[int, int]) -> int:
@@ -67,14 +74,15 @@ def test_activations_grow_with_tokens_and_logits():
 @pytest.mark.parametrize(
     ("tp", "stages"), [(2, [range(3)]), (1, [range(1), range(1, 3)]), (4, [range(2), range(2, 3)])]
 )
-def test_random_model_is_the_same_in_every_layout(tp, stages):
-    config = CONFIGS["tied"]
+@pytest.mark.parametrize("name", ["tied", "gpt2"])
+def test_random_model_is_the_same_in_every_layout(name, tp, stages):
+    config = CONFIGS[name]
 
     def logits(tp, stages):
         built = []
         for layers in stages:
             ranks = [
-                LlamaStage(
+                model_class(config)(
                     config, layers=layers, axes=StageAxes(tp=LockstepCommunicator(rank, tp) if tp > 1 else LocalCommunicator("tp")),
                     backend=SdpaBackend(), dtype=torch.float32, device=CPU,
                 )

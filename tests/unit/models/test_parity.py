@@ -64,6 +64,11 @@ LAYOUTS = [
     ("qwen3", {"num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 8}, 12, 1),
     # Fewer rows and columns than ranks: the last ranks hold padding only.
     ("llama", {"vocab_size": 5, "intermediate_size": 5}, 4, 1),
+    # No size of these but the heads is a multiple of tp.
+    *[("gpt2", {}, tp, stages) for tp, stages in ((2, 1), (3, 3), (4, 2), (6, 1), (12, 2), (1, 3))],
+    ("gpt2-as-published", {}, 3, 2),
+    ("gpt2-untied", {}, 2, 3),
+    ("gpt2", {"vocab_size": 5, "n_inner": 5}, 12, 1),
 ]
 
 
@@ -101,9 +106,10 @@ def test_no_logits_wanted(reference):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision(reference, dtype):
+@pytest.mark.parametrize("variant", ["qwen3", "gpt2"])
+def test_low_precision(reference, variant, dtype):
     """Errors stay within those of transformers in the same dtype, both measured against float32."""
-    folder, sequences, wanted = reference("qwen3")
+    folder, sequences, wanted = reference(variant)
     model = load_reference(folder, dtype)
     with torch.no_grad():
         theirs = max(
@@ -112,3 +118,11 @@ def test_low_precision(reference, dtype):
         )
     replica = Replica(build_stages(folder, SdpaBackend, dtype=dtype), max_len=max(LENS), num_sequences=len(LENS))
     assert max_logit_error(replica, sequences, wanted, PLANS["whole"]) < 2 * theirs
+
+
+def test_positions_are_added_once(reference):
+    """With tp the position embedding takes part in the embedding's sum and in nothing else."""
+    folder, sequences, _ = reference("gpt2")
+    replica = Replica(build_stages(folder, SdpaBackend, tp=2), max_len=40, num_sequences=1)
+    replica.step({0: sequences[0]})
+    assert [label for verb, label, *_ in replica.log if "layer" not in label] == ["embedding", "logits"]

@@ -1,119 +1,17 @@
-"""The scheduler against a simulated replica: pages hold tokens instead of keys and values, so every read can be checked."""
+"""The scheduler with one lane and undivided steps, against a simulated replica."""
 
 from __future__ import annotations
-
-import collections
-import zlib
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcinfer.batch import MicroBatch
 from hpcinfer.errors import ConfigError, ReplicaDivergedError, RowError
-from hpcinfer.request import NOT_A_TOKEN, FinishReason, Request, SamplingParams
+from hpcinfer.request import NOT_A_TOKEN, FinishReason, Request
 from hpcinfer.scheduler.message import TickMessage
-from hpcinfer.scheduler.scheduler import EndedSequence, Scheduler, SchedulerLimits
-
-EOS = 7
-
-
-def limits(**changes) -> SchedulerLimits:
-    defaults = dict(
-        num_blocks=40, block_size=4, max_batch_tokens=64, max_sequences=16, max_context=100, lag=1,
-        eos_token_ids=frozenset({EOS}),
-    )
-    return SchedulerLimits(**(defaults | changes))
-
-
-def request(row: int, num_tokens: int, **sampling) -> Request:
-    prompt = np.random.default_rng(row).integers(10, 100, num_tokens).astype(np.int32)
-    return Request(row=row, prompt_token_ids=prompt, sampling=SamplingParams(**({"max_tokens": 8} | sampling)))
-
-
-def next_token(prefix: list[int]) -> int:
-    """The simulated model: any function of the whole prefix; sometimes the end of sequence."""
-    digest = zlib.crc32(np.array(prefix, np.int32).tobytes())
-    return EOS if digest % 11 == 0 else 10 + digest % 90
-
-
-def reference(wanted: Request, max_context: int) -> list[int]:
-    tokens = wanted.prompt_token_ids.tolist()
-    output: list[int] = []
-    while True:
-        output.append(next_token(tokens + output))
-        ended = output[-1] == EOS and not wanted.sampling.ignore_eos
-        if ended or len(output) == wanted.sampling.max_tokens or len(tokens + output) >= max_context:
-            return output
-
-
-class SimulatedReplica:
-    """Executes microbatches `lag` ticks late on pages that hold token ids."""
-
-    def __init__(self, scheduler_limits: SchedulerLimits) -> None:
-        self.limits = scheduler_limits
-        self.scheduler = Scheduler(scheduler_limits)
-        self.follower = Scheduler(scheduler_limits)
-        self.pages = np.full((scheduler_limits.num_blocks, scheduler_limits.block_size), -1, np.int64)
-        self.results: dict[int, tuple[list[int], list[int]]] = {}
-        self.tick = 0
-        self.batches: list[MicroBatch] = []
-
-    def step(self, requests: list[Request] = (), drain: bool = False) -> list[EndedSequence]:
-        ids, tokens = self.results.pop(self.tick - self.limits.lag, ([], []))
-        message = TickMessage(
-            tick=self.tick, requests=tuple(requests), result_ids=np.array(ids, np.int64),
-            result_tokens=np.array(tokens, np.int64), state_hash=self.scheduler.state_hash(), drain=drain,
-        )
-        ended = self.scheduler.apply(message)
-        self.follower.apply(message)
-        step, other_step = self.scheduler.schedule(), self.follower.schedule()
-        assert (step is None) == (other_step is None)
-        if step is not None:
-            (batch,), (other,) = step.parts, other_step.parts
-            assert batch.sequence_ids == other.sequence_ids
-            np.testing.assert_array_equal(batch.block_tables, other.block_tables)
-            self.batches.append(batch)
-            self.results[self.tick] = self.execute(batch)
-        self.tick += 1
-        return ended
-
-    def execute(self, batch: MicroBatch) -> tuple[list[int], list[int]]:
-        assert len(set(batch.sequence_ids)) == batch.num_entries
-        assert batch.num_tokens <= self.limits.max_batch_tokens
-        start, ids, tokens = 0, [], []
-        for index, sequence_id in enumerate(batch.sequence_ids):
-            sequence = self.scheduler.sequence(sequence_id)
-            context, length = int(batch.context_lens[index]), int(batch.query_lens[index])
-            table = batch.block_tables[index]
-            for offset in range(length):
-                position = context + offset
-                block = table[position // self.limits.block_size]
-                assert block != 0, "page 0 is never owned"
-                self.pages[block, position % self.limits.block_size] = batch.token_ids[start + offset]
-            prefix = [
-                int(self.pages[table[p // self.limits.block_size], p % self.limits.block_size])
-                for p in range(context + length)
-            ]
-            assert prefix == sequence.tokens[: context + length], "a page was overwritten or never written"
-            if batch.samples[index]:
-                ids.append(sequence_id)
-                tokens.append(next_token(prefix))
-            start += length
-        return ids, tokens
-
-
-def run(replica: SimulatedReplica, requests: list[Request], at_once: int = 1000) -> dict[int, EndedSequence]:
-    waiting, ended = collections.deque(requests), {}
-    for _ in range(20_000):
-        new = [waiting.popleft() for _ in range(min(at_once, len(waiting)))]
-        for sequence in replica.step(new):
-            assert sequence.request.row not in ended
-            ended[sequence.request.row] = sequence
-        if not waiting and replica.scheduler.num_sequences == 0:
-            return ended
-    raise AssertionError("the scheduler makes no progress")
+from hpcinfer.scheduler.scheduler import Scheduler
+from tests.unit.scheduler.simulation import EOS, SimulatedReplica, check_empty, limits, reference, request, run
 
 
 @pytest.mark.parametrize("lag", [1, 2, 3])
@@ -127,7 +25,7 @@ def test_every_sequence_gets_the_tokens_of_the_model(lag):
         assert ended[wanted.row].output_token_ids.tolist() == expected
         reason = FinishReason.STOP if expected[-1] == EOS else FinishReason.LENGTH
         assert ended[wanted.row].reason is reason
-    assert replica.scheduler.blocks.num_free + replica.scheduler.blocks.num_resting == 39
+    check_empty(replica)
 
 
 @pytest.mark.parametrize("lag", [1, 2, 3])

@@ -1,0 +1,195 @@
+"""A slow network on one machine: two network namespaces, one rank in each, joined by a rate-limited link.
+
+The ends of a veth pair lie in two anonymous namespaces, each held open by a sleeping process that the kernel kills with
+this one: however this process ends, nothing stays behind, and the machine's own network is never touched. `tc tbf` limits
+what leaves each end. It needs root and the programs in PROGRAMS; where that is missing, ranks talk over loopback.
+
+Both forms make MPICH use TCP and take its ranks for ranks of different nodes; it would share memory otherwise, namespaces
+or not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+
+from hpcinfer.errors import LaunchError
+from hpcinfer.launch.process import die_with_parent
+from hpcinfer.launch.start import find_mpiexec, mpiexec_command, mpiexec_vendor, rank_program
+
+PROGRAMS = ("ip", "tc", "nsenter", "unshare", "mount")
+NUM_RANKS = 2
+_DEVICE = "hpcinfer0"
+_NETWORK = "10.77.0"
+_LATENCY_MS = 50
+"""How long a packet may queue before it is dropped."""
+_BURST_BYTES = 2**18
+_START_S = 10.0
+_TCP_ENVIRONMENT = {"UCX_TLS": "tcp,self", "MPIR_CVAR_NOLOCAL": "1"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Link:
+    """What two ranks talk over, and how to start them there."""
+
+    description: str
+    """For people: what kind of link, or why it is only loopback."""
+    prefixes: tuple[tuple[str, ...], ...]
+    """For each rank, what comes before its program on the command line."""
+    environment: dict[str, str]
+    """Variables of all ranks."""
+
+
+@contextlib.contextmanager
+def rate_limited_link(rate_bits_per_s: float) -> Iterator[Link]:
+    """Two namespaces with a link of so many bits per second in each direction, for as long as the context lasts.
+
+    Raises:
+        LaunchError: it cannot be made here; `found` has the reason.
+    """
+    missing = [program for program in PROGRAMS if shutil.which(program) is None]
+    if os.geteuid() != 0 or missing:
+        reason = f"no {', '.join(missing)} on PATH" if missing else "not root"
+        raise _unavailable(reason)
+    holders: list[subprocess.Popen] = []
+    try:
+        for _ in range(NUM_RANKS):
+            holders.append(_hold_namespace())
+        for holder in holders:
+            _wait_until(lambda holder=holder: _has_own_namespace(holder), "a new network namespace")
+        _join(holders, rate_bits_per_s)
+        yield Link(
+            description=f"rate-limited {rate_bits_per_s / 1e9:g} Gbit/s veth between two network namespaces",
+            prefixes=tuple(_enter(holder) for holder in holders),
+            environment={**_TCP_ENVIRONMENT, "UCX_NET_DEVICES": _DEVICE},
+        )
+    except (OSError, subprocess.SubprocessError) as cause:
+        said = (getattr(cause, "stderr", "") or str(cause)).strip()
+        raise _unavailable(said) from cause
+    finally:
+        for holder in holders:
+            holder.kill()
+            holder.wait()
+
+
+def loopback(reason: str) -> Link:
+    """TCP inside this machine, as fast as it goes. `reason`: why it is not a slower one."""
+    return Link(
+        description=f"loopback: {reason}", prefixes=((),) * NUM_RANKS, environment=dict(_TCP_ENVIRONMENT)
+    )
+
+
+@contextlib.contextmanager
+def open_link(kind: str, rate_bits_per_s: float) -> Iterator[Link]:
+    """The link that a benchmark asked for.
+
+    Args:
+        kind: "namespaces", "loopback", or "auto": namespaces where this process may make them.
+        rate_bits_per_s: of the link between namespaces, in each direction.
+
+    Raises:
+        LaunchError: namespaces were asked for and cannot be made.
+    """
+    with contextlib.ExitStack() as stack:
+        if kind == "loopback":
+            link = loopback("asked for")
+        elif mpiexec_vendor(find_mpiexec()) != "MPICH" and kind == "auto":
+            link = loopback("no namespaces here (they are prepared for MPICH)")
+        else:
+            try:
+                link = stack.enter_context(rate_limited_link(rate_bits_per_s))
+            except LaunchError as error:
+                if kind != "auto":
+                    raise
+                link = loopback(f"no namespaces here ({error.found})")
+        yield link
+
+
+def run_on_link(link: Link, argv: Sequence[str]) -> int:
+    """Start two ranks of `hpcinfer *argv` on the link and wait for them. Returns their exit code."""
+    mpiexec = find_mpiexec()
+    command = mpiexec_command(
+        NUM_RANKS, [], os.environ, mpiexec=mpiexec, vendor=mpiexec_vendor(mpiexec),
+        num_cores=len(os.sched_getaffinity(0)), is_root=os.geteuid() == 0,
+    )
+    line = command.argv[: command.argv.index("-n")]
+    for rank, prefix in enumerate(link.prefixes):
+        line += [":"] if rank else []
+        line += ["-n", "1", *prefix, *rank_program(argv)]
+    process = subprocess.Popen(line, env={**command.env, **link.environment}, preexec_fn=die_with_parent)
+    try:
+        return process.wait()
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+
+
+def _unavailable(reason: str) -> LaunchError:
+    return LaunchError(
+        "network namespaces cannot be made here", found=reason,
+        fix="run as root with iproute2 and util-linux installed, or use --link loopback",
+    )
+
+
+def _hold_namespace() -> subprocess.Popen:
+    return subprocess.Popen(
+        ["unshare", "--net", "sleep", "infinity"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, preexec_fn=die_with_parent,
+    )
+
+
+def _has_own_namespace(holder: subprocess.Popen) -> bool:
+    if holder.poll() is not None:
+        raise OSError(f"unshare --net ended with {holder.returncode}")
+    return os.readlink(_namespace(holder)) != os.readlink("/proc/self/ns/net")
+
+
+def _namespace(holder: subprocess.Popen) -> str:
+    return f"/proc/{holder.pid}/ns/net"
+
+
+def _enter(holder: subprocess.Popen) -> tuple[str, ...]:
+    """Of a rank: its namespace, and a view of /sys that shows its devices, where UCX looks for them."""
+    show_devices = 'mount -t sysfs sysfs /sys && exec "$@"'
+    return ("nsenter", f"--net={_namespace(holder)}", "unshare", "--mount", "sh", "-c", show_devices, "rank")
+
+
+def _join(holders: Sequence[subprocess.Popen], rate_bits_per_s: float) -> None:
+    first, second = holders
+    _inside(first, "ip", "link", "add", _DEVICE, "type", "veth", "peer", "name", _DEVICE, "netns", str(second.pid))
+    for number, holder in enumerate(holders, start=1):
+        _inside(holder, "ip", "address", "add", f"{_NETWORK}.{number}/24", "dev", _DEVICE)
+        for device in ("lo", _DEVICE):
+            _inside(holder, "ip", "link", "set", device, "up")
+        _inside(
+            holder, "tc", "qdisc", "add", "dev", _DEVICE, "root", "tbf", "rate", f"{round(rate_bits_per_s)}bit",
+            "burst", str(_BURST_BYTES), "latency", f"{_LATENCY_MS}ms",
+        )
+    for holder in holders:
+        # UCX takes a device only once it has a carrier, which comes a moment after both ends are up.
+        _wait_until(
+            lambda holder=holder: "LOWER_UP" in _inside(holder, "ip", "link", "show", _DEVICE, "up"), "the link's carrier"
+        )
+        _wait_until(
+            lambda holder=holder: "state UP" in _inside(holder, "ip", "link", "show", _DEVICE), "the link to come up"
+        )
+
+
+def _inside(holder: subprocess.Popen, *command: str) -> str:
+    return subprocess.run(
+        ["nsenter", f"--net={_namespace(holder)}", *command], check=True, capture_output=True, text=True, timeout=_START_S
+    ).stdout
+
+
+def _wait_until(condition, what: str) -> None:
+    end = time.monotonic() + _START_S
+    while not condition():
+        if time.monotonic() > end:
+            raise OSError(f"waited {_START_S:g} s for {what}")
+        time.sleep(0.01)

@@ -1,0 +1,1 @@
+"""How config.json of each model family becomes the fields of a ModelConfig: one reader a family, one registry."""

@@ -1,0 +1,216 @@
+"""The experts that a rank holds: gated MLPs, computed for the tokens that are sent to them.
+
+Shape letters: T tokens, M (token, expert) pairs that this rank computes, D model, k experts of a token, E experts of the
+model, L of them on this rank, I intermediate size of an expert on this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from hpcinfer.config.model import ModelConfig
+from hpcinfer.errors import CheckpointError, ConfigError
+from hpcinfer.layers.mlp import ACTIVATIONS
+from hpcinfer.layers.mxfp4 import BLOCK_BYTES, BLOCK_VALUES, unpack
+from hpcinfer.layers.shard import check_shape, copy_shard, part_range, part_size
+
+# Gain of the sigmoid in gpt-oss's gating.
+_SWIGLU_ALPHA = 1.702
+
+
+class Experts:
+    """Some whole experts, or a slice of the intermediate dim of all of them.
+
+    Args:
+        config: sizes, biases, activation.
+        ranks, rank: over how many ranks the experts are spread, and which of them this is; it holds
+            part_range(E, ranks, rank), which may be none.
+        slices, slice_rank: over how many ranks each expert's intermediate dim is split, and which part is here. The bias of
+            the down projection is on slice 0 alone, so that the sum over slices has it once.
+        dtype, device: of the weights.
+        packed: keep MXFP4 blocks as they are and unpack an expert when tokens are sent to it.
+
+    Raises:
+        ConfigError: packed, and slices or a checkpoint without packed experts.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        ranks: int,
+        rank: int,
+        slices: int,
+        slice_rank: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        packed: bool = False,
+    ) -> None:
+        self.first, end = part_range(config.num_experts, ranks, rank)
+        self.num_local = end - self.first
+        """L."""
+        self.size = part_size(config.expert_size, slices)
+        """I, padding included."""
+        self.dtype = dtype
+        self._whole = (config.num_experts, config.expert_size, config.hidden_size)
+        self._columns = part_range(config.expert_size, slices, slice_rank)
+        self._spread = ranks > 1
+        self._activate = ACTIVATIONS[config.hidden_act]
+        self._limit = config.swiglu_limit
+
+        def zeros(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+            return torch.zeros(self.num_local, *shape, dtype=of, device=device)
+
+        hidden = config.hidden_size
+        self.gate_up = self.down = self.packed = None
+        if packed:
+            _check_packed(config, slices)
+            self.packed = {
+                "gate_up": _packed_zeros(zeros, 2 * self.size, hidden), "down": _packed_zeros(zeros, hidden, self.size)
+            }
+            """Of both projections: blocks uint8 [L, rows, columns / 32, 16], scales uint8 [L, rows, columns / 32]."""
+        else:
+            self.gate_up = zeros(2 * self.size, hidden)
+            """[L, 2I, D]: gate, then up."""
+            self.down = zeros(hidden, self.size)
+            """[L, D, I]."""
+        self.gate_up_bias = zeros(2 * self.size) if config.expert_bias else None
+        self.down_bias = zeros(hidden) if config.expert_bias and slice_rank == 0 else None
+
+    # -- loading: `expert` is a number in the whole model, of one that is here -------------------------------------------
+
+    @property
+    def held(self) -> range:
+        """Numbers of the experts that are here."""
+        return range(self.first, self.first + self.num_local)
+
+    def load_gate(self, full: torch.Tensor, expert: int) -> None:
+        """Take this rank's rows of an expert's gate projection, whole [intermediate, D]."""
+        self._load_input(full, expert, 0)
+
+    def load_up(self, full: torch.Tensor, expert: int) -> None:
+        """Take this rank's rows of an expert's up projection, whole [intermediate, D]."""
+        self._load_input(full, expert, self.size)
+
+    def load_down(self, full: torch.Tensor, expert: int) -> None:
+        """Take this rank's columns of an expert's down projection, whole [D, intermediate]."""
+        _, size, hidden = self._whole
+        check_shape(full, (hidden, size), "expert weight")
+        copy_shard(self.down[expert - self.first], full, 1, *self._columns)
+
+    def load_biases(self, gate: torch.Tensor, up: torch.Tensor, expert: int) -> None:
+        """Take an expert's gate and up biases, whole [intermediate] each."""
+        for full, offset in ((gate, 0), (up, self.size)):
+            check_shape(full, (self._whole[1],), "expert bias")
+            copy_shard(self.gate_up_bias[expert - self.first].narrow(0, offset, self.size), full, 0, *self._columns)
+
+    def load_down_bias(self, full: torch.Tensor, expert: int) -> None:
+        """Take an expert's down bias [D] where it is kept; the other slices drop it."""
+        check_shape(full, (self._whole[2],), "expert bias")
+        if self.down_bias is not None:
+            self.down_bias[expert - self.first].copy_(full)
+
+    def load_packed(self, part: str, blocks: torch.Tensor, scales: torch.Tensor, expert: int) -> None:
+        """Take an expert's blocks and scales of `part`: "gate_up" with gate's rows before up's, or "down"."""
+        kept_blocks, kept_scales = self.packed[part]
+        kept_blocks[expert - self.first].copy_(blocks)
+        kept_scales[expert - self.first].copy_(scales)
+
+    def _load_input(self, full: torch.Tensor, expert: int, offset: int) -> None:
+        _, size, hidden = self._whole
+        check_shape(full, (size, hidden), "expert weight")
+        copy_shard(self.gate_up[expert - self.first].narrow(0, offset, self.size), full, 0, *self._columns)
+
+    # -- computing -------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The weighted sum of the outputs of the experts that are here, zero for a token that is sent to none of them.
+
+        Args:
+            x: [T, D].
+            ids: int64 [T, k], numbers in the whole model; a negative one is nobody.
+            weights: float32 [T, k].
+
+        Returns:
+            [T, D] in x's dtype, summed in float32 and rounded once.
+        """
+        pairs, counts = self._sort_pairs(ids)
+        tokens = pairs // ids.shape[1]
+        out = self._compute(x.index_select(0, tokens), counts)
+        out = out.to(weights.dtype) * weights.reshape(-1)[pairs, None]
+        total = torch.zeros(x.shape, dtype=weights.dtype, device=x.device)
+        return total.index_add_(0, tokens, out).to(x.dtype)
+
+    def _sort_pairs(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+        """The pairs of this rank's experts, sorted by expert: int64 [M] into ids.flatten(), and how many each has."""
+        local = ids.reshape(-1) - self.first
+        pairs = None
+        if self._spread:
+            pairs = ((local >= 0) & (local < self.num_local)).nonzero()[:, 0]
+            local = local[pairs]
+        order = torch.argsort(local, stable=True)
+        counts = torch.bincount(local, minlength=self.num_local).tolist()
+        return (order if pairs is None else pairs[order]), counts
+
+    def _compute(self, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        """x [M, D] sorted by expert -> [M, D]. One matmul a projection for each expert with tokens."""
+        inner = _grouped(x, counts, 2 * self.size, self._weight_of("gate_up"), self.gate_up_bias)
+        gate, up = inner.split(self.size, dim=-1)
+        if self._limit:
+            gated = _clamped_gate(gate, up, self._limit)
+        else:
+            gated = self._activate(gate).mul_(up)
+        return _grouped(gated, counts, self._whole[2], self._weight_of("down"), self.down_bias)
+
+    def _weight_of(self, part: str) -> Callable[[int], torch.Tensor]:
+        """Local number -> that expert's matrix."""
+        if self.packed is None:
+            return (self.gate_up if part == "gate_up" else self.down).__getitem__
+        blocks, scales = self.packed[part]
+        return lambda expert: unpack(blocks[expert], scales[expert], self.dtype)
+
+
+def _grouped(
+    x: torch.Tensor, counts: list[int], size: int, weight: Callable[[int], torch.Tensor], bias: torch.Tensor | None
+) -> torch.Tensor:
+    """x [M, in], the next counts[e] rows with weight(e) [size, in] and bias[e] -> [M, size]."""
+    out = torch.empty(x.shape[0], size, dtype=x.dtype, device=x.device)
+    start = 0
+    for expert, count in enumerate(counts):
+        if not count:
+            continue
+        rows, target = x[start : start + count], out[start : start + count]
+        if bias is None:
+            torch.mm(rows, weight(expert).t(), out=target)
+        else:
+            torch.addmm(bias[expert], rows, weight(expert).t(), out=target)
+        start += count
+    return out
+
+
+def _clamped_gate(gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
+    """gpt-oss: (up + 1) * gate * sigmoid(alpha * gate), both clamped. 0 where gate is 0, so padding adds nothing."""
+    gate = gate.clamp(max=limit)
+    up = up.clamp(-limit, limit)
+    return (up + 1) * (gate * torch.sigmoid(gate * _SWIGLU_ALPHA))
+
+
+def _packed_zeros(zeros: Callable[..., torch.Tensor], rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    groups = columns // BLOCK_VALUES
+    return zeros(rows, groups, BLOCK_BYTES, of=torch.uint8), zeros(rows, groups, of=torch.uint8)
+
+
+def _check_packed(config: ModelConfig, slices: int) -> None:
+    if config.expert_format != "mxfp4":
+        raise CheckpointError(
+            "experts cannot be kept packed", found=f"{config.family} with plain expert weights",
+            fix="use a checkpoint with MXFP4 experts, or keep them unpacked",
+        )
+    if slices > 1:
+        raise ConfigError(
+            "experts cannot be kept packed where each is split over ranks",
+            found=f"tp = {slices} with ep = 1: a block of 32 values would be cut",
+            fix=f"use ep = {slices} or tp = 1, or keep experts unpacked",
+        )

@@ -1,0 +1,14 @@
+"""Tokens that travel to their experts, on real ranks."""
+
+import pytest
+
+from tests.mpi import run_ranks
+from tests.unit.parallel.expert_cases import CASES
+
+
+@pytest.mark.timeout(120)
+def test_dispatch_and_combine():
+    result = run_ranks(4, ["-m", "tests.ranks.expert_rank"], timeout_s=90).check()
+    sizes = [len(case["rows"]) for case in CASES.values()]
+    wanted = [8 * sum(size > rank for size in sizes) for rank in range(4)]
+    assert f"{wanted} forwards fine" in result.stdout
