@@ -1,11 +1,11 @@
 """A slow network on one machine: two network namespaces, one rank in each, joined by a rate-limited link.
 
-The ends of a veth pair lie in two anonymous namespaces, each held open by a sleeping process that the kernel kills with
-this one: however this process ends, nothing stays behind, and the machine's own network is never touched. `tc tbf` limits
-what leaves each end. It needs root and the programs in PROGRAMS; where that is missing, ranks talk over loopback.
+The ends of a veth pair lie in two anonymous namespaces, each held open by a sleeping process that the kernel kills
+with this one: however this process ends, nothing stays behind, and the machine's own network is never touched. `tc tbf`
+limits what leaves each end. It needs root and the programs in PROGRAMS; where that is missing, ranks talk over loopback.
 
-Both forms make MPICH use TCP and take its ranks for ranks of different nodes; it would share memory otherwise, namespaces
-or not.
+Both forms make MPICH use TCP and take its ranks for ranks of different nodes; it would share memory otherwise,
+namespaces or not.
 """
 
 from __future__ import annotations
@@ -174,17 +174,13 @@ def _join(holders: Sequence[subprocess.Popen], rate_bits_per_s: float) -> None:
     for holder in holders:
         # UCX takes a device only once it has a carrier, which comes a moment after both ends are up.
         _wait_until(
-            lambda holder=holder: "LOWER_UP" in _inside(holder, "ip", "link", "show", _DEVICE, "up"), "the link's carrier"
-        )
-        _wait_until(
-            lambda holder=holder: "state UP" in _inside(holder, "ip", "link", "show", _DEVICE), "the link to come up"
+            lambda holder=holder: "state UP" in _inside(holder, "ip", "link", "show", _DEVICE), "the link's carrier"
         )
 
 
 def _inside(holder: subprocess.Popen, *command: str) -> str:
-    return subprocess.run(
-        ["nsenter", f"--net={_namespace(holder)}", *command], check=True, capture_output=True, text=True, timeout=_START_S
-    ).stdout
+    line = ["nsenter", f"--net={_namespace(holder)}", *command]
+    return subprocess.run(line, check=True, capture_output=True, text=True, timeout=_START_S).stdout
 
 
 def _wait_until(condition, what: str) -> None:

@@ -1,13 +1,13 @@
 """What hiding communication is worth: tp2 with two-batch overlap, pp2 with several microbatches in flight, in one run.
 
 A random Llama-like model runs as tp2 and as pp2 on the same two ranks. The variants of a scenario are settings of one
-scheduler over the same weights and links; they alternate, and medians over the repetitions count. Speed is judged by the
-time of a step, or tokens a second where steps have different sizes: time waited hides the processor's own work for
+scheduler over the same weights and links; they alternate, and medians over the repetitions count. Speed is judged by
+the time of a step, or tokens a second where steps have different sizes: time waited hides the processor's own work for
 TCP, and is reported beside it.
 
 Limited by: two-batch overlap by the larger of computation and transfers, where a transfer's own processor time
-(copies, sums, system calls) counts as computation; microbatches by the slowest stage, the filling of the pipeline, and in
-decode by t(b) / t(b / 2), as dividing a batch of b makes each half less efficient.
+(copies, sums, system calls) counts as computation; microbatches by the slowest stage, the filling of the pipeline, and
+in decode by t(b) / t(b / 2), as dividing a batch of b makes each half less efficient.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from hpcinfer.bench.overlap_cases import LAYOUTS, NUM_RANKS, OverlapOptions, Scenario, Variant, random_config, scenarios
 from hpcinfer.bench.overlap_report import report
+from hpcinfer.bench.overlap_trace import RunTraces
 from hpcinfer.comm.bootstrap import World, split
 from hpcinfer.comm.communicator import Communicator
 from hpcinfer.config.job import EngineSection
@@ -60,7 +62,9 @@ def run_overlap(options: OverlapOptions, world: World, *, link: str) -> dict | N
     }
     probe.close()
     asked = scenarios(options)
-    rigs = {layout: _Rig(options, world, layout, asked) for layout in LAYOUTS if layout in options.layouts.split(",")}
+    traces = RunTraces(Path(options.trace), world) if options.trace else None
+    layouts = [layout for layout in LAYOUTS if any(scenario.layout == layout for scenario in asked)]
+    rigs = {layout: _Rig(options, world, layout, asked, traces) for layout in layouts}
     if "tp" in rigs:
         figures["agreed_two_batch_tokens"] = rigs["tp"].agreed_two_batch_tokens
     runs: dict[tuple[str, str], list[dict]] = {}
@@ -70,7 +74,7 @@ def run_overlap(options: OverlapOptions, world: World, *, link: str) -> dict | N
             print(f"bench overlap: {what} over {link}", file=sys.stderr, flush=True)
         for scenario in asked:
             for variant in scenario.variants:
-                run = rigs[scenario.layout].run(scenario, variant)
+                run = rigs[scenario.layout].run(scenario, variant, is_last=repeat == options.repeats)
                 if repeat and run is not None:
                     runs.setdefault((scenario.name, variant.name), []).append(run)
     for rig in rigs.values():
@@ -134,11 +138,14 @@ def _best(link: Communicator, function) -> float:
 class _Rig:
     """One layout with its weights, and runs of it under any scheduler limits. Every method is collective."""
 
-    def __init__(self, options: OverlapOptions, world: World, layout: str, asked: list[Scenario]) -> None:
+    def __init__(
+        self, options: OverlapOptions, world: World, layout: str, asked: list[Scenario], traces: RunTraces | None
+    ) -> None:
         config = random_config(options)
         mine = [scenario for scenario in asked if scenario.layout == layout]
         parallel = ParallelConfig(**{layout: NUM_RANKS})
         self._world = world
+        self._traces = traces
         self._groups = build_groups(world, Mesh.of(world.size, rank=world.rank, **{layout: NUM_RANKS}))
         self._vocab_size = config.vocab_size
         # The agreement on two-batch overlap measures steps from the largest prefill down.
@@ -151,25 +158,34 @@ class _Rig:
             config, parallel, engine, self._groups, world.channel, dtype=options.dtype, device=torch.device("cpu"),
             available_bytes=available_host_bytes(NUM_RANKS),
         )
-        self._replica = build_replica(plan, self._groups, clock=PhaseClock(), load=fill_random)
+        self._replica = build_replica(
+            plan, self._groups, clock=PhaseClock(), load=fill_random, recorder=traces and traces.recorder
+        )
+        self._limits = self._replica.scheduler.limits
 
     @property
     def agreed_two_batch_tokens(self) -> int:
         """From which size on a job with parallel.two_batch = auto would divide steps here; 0 where it would not."""
-        return self._replica.scheduler.limits.two_batch_tokens
+        return self._limits.two_batch_tokens
 
-    def run(self, scenario: Scenario, variant: Variant) -> dict | None:
-        """One run. Returns its figures on rank 0, None on the other."""
+    def run(self, scenario: Scenario, variant: Variant, *, is_last: bool = False) -> dict | None:
+        """One run. Returns its figures on rank 0, None on the other. The last one of a variant is kept as a trace."""
+        replica, recorder = self._replica, self._traces and self._traces.recorder
         limits = dataclasses.replace(
-            self._replica.scheduler.limits, lag=variant.lag, two_batch_tokens=variant.two_batch_tokens,
+            self._limits, lag=variant.lag, two_batch_tokens=variant.two_batch_tokens,
             max_batch_tokens=scenario.batch_tokens,
         )
         scheduler = Scheduler(limits, self._groups.mesh.lane)
-        replica = Replica(worker=self._replica._worker, scheduler=scheduler, control=self._groups.control)
+        scheduler._tick = replica.scheduler._tick  # ticks go on after a stop
+        replica.scheduler = scheduler
         self._world.channel.barrier()
+        if recorder is not None:
+            self._traces.begin()
         before, cpu_s, figures = _counters(self._groups), time.process_time(), {}
         if replica.is_leader:
-            figures = _lead(replica, self._requests(scenario, variant), prefill=scenario.output_tokens == 1)
+            figures = _lead(
+                replica, self._groups, self._requests(scenario, variant), prefill=scenario.output_tokens == 1
+            )
             replica.stop()
         else:
             replica.follow()
@@ -177,9 +193,12 @@ class _Rig:
         mine = {
             "cpu_s": time.process_time() - cpu_s,
             "communicators": {
-                name: {key: value - before[name][key] for key, value in counters.items()} for name, counters in after.items()
+                name: {key: value - before[name][key] for key, value in counters.items()}
+                for name, counters in after.items()
             },
         }
+        if recorder is not None and is_last:
+            self._traces.save(scenario, variant, self._groups)
         ranks = self._world.channel.all_gather(mine)
         return {**figures, "counters": dataclasses.asdict(scheduler.counters), "ranks": ranks} if figures else None
 
@@ -198,7 +217,7 @@ class _Rig:
 
 
 def _kv_bytes(config: ModelConfig, options: OverlapOptions, mine: list[Scenario]) -> int:
-    """Pages for all sequences of the largest run at their full lengths, with room for partly filled and resting pages."""
+    """Pages for all sequences of the largest run at their full lengths, with room for pages that rest or are not full."""
     tokens = max(
         variant.num_sequences * (scenario.prompt_tokens + scenario.output_tokens + 32)
         for scenario in mine for variant in scenario.variants
@@ -223,14 +242,14 @@ class _Tick:
     divided_steps: int
 
 
-def _lead(replica: Replica, requests: list[Request], *, prefill: bool) -> dict:
+def _lead(replica: Replica, groups: ReplicaGroups, requests: list[Request], *, prefill: bool) -> dict:
     """Run the requests to their end; the figures are of the prefill as a whole, or of the decodes in mid-run."""
-    ticks = [_tick(replica)]
+    ticks = [_tick(replica, groups)]
     ended = replica.step(requests)
-    ticks.append(_tick(replica))
+    ticks.append(_tick(replica, groups))
     while not replica.is_idle:
         ended += replica.step([])
-        ticks.append(_tick(replica))
+        ticks.append(_tick(replica, groups))
     first, last = (0, len(ticks) - 1) if prefill else _steady(ticks, replica.scheduler.limits.lag)
     start, end = ticks[first], ticks[last]
     tokens = end.prefill_tokens - start.prefill_tokens if prefill else end.decode_tokens - start.decode_tokens
@@ -244,18 +263,18 @@ def _lead(replica: Replica, requests: list[Request], *, prefill: bool) -> dict:
     }
 
 
-def _tick(replica: Replica) -> _Tick:
+def _tick(replica: Replica, groups: ReplicaGroups) -> _Tick:
     counters = replica.scheduler.counters
     return _Tick(
-        now_s=time.perf_counter(), waited_s=replica._worker._groups.wait_s(), prefill_tokens=counters.prefill_tokens,
-        decode_tokens=counters.decode_tokens, divided_steps=getattr(counters, "divided_steps", 0),
+        now_s=time.perf_counter(), waited_s=groups.wait_s(), prefill_tokens=counters.prefill_tokens,
+        decode_tokens=counters.decode_tokens, divided_steps=counters.divided_steps,
     )
 
 
 def _steady(ticks: list[_Tick], lag: int) -> tuple[int, int]:
     """The ticks between which all sequences decode and the pipeline is full.
 
-    The leader is held back by the results of tick n - lag, so its clock tells the pace of the whole pipeline in between.
+    The leader is held back by the results of tick n - lag, so its clock tells the pace of the whole pipeline.
     """
     last_prefill = max(i for i in range(1, len(ticks)) if ticks[i].prefill_tokens > ticks[i - 1].prefill_tokens)
     last_decode = max(i for i in range(1, len(ticks)) if ticks[i].decode_tokens > ticks[i - 1].decode_tokens)

@@ -25,7 +25,7 @@ class OverlapOptions:
     """Its layers, at least 2."""
     dtype: str = "float32"
     """float32, bfloat16 or float16."""
-    prefill: str = "512,1024"
+    prefill: str = "512"
     """Tokens of a prefill step, separated by commas."""
     sequences: int = 64
     """Sequences of a decode step."""
@@ -45,16 +45,20 @@ class OverlapOptions:
     """Rate of the link between namespaces, in Gbit/s each way."""
     out: str = ""
     """A file that gets the JSON object too."""
+    trace: str = ""
+    """A folder that gets records of the last run of every variant; `hpcinfer trace FOLDER --start NAME` reads them."""
 
     def __post_init__(self) -> None:
         for name in ("prefill", "microbatches"):
             if not all(word.isdecimal() and int(word) > 0 for word in getattr(self, name).split(",")):
                 raise UsageError(f"--{name} {getattr(self, name)}", fix="give numbers separated by commas")
-        for name, least in (("hidden", 16), ("layers", 2), ("sequences", 2), ("output_tokens", 8), ("prompts", 1), ("repeats", 1)):
+        for name, least in (
+            ("hidden", 16), ("layers", 2), ("sequences", 2), ("output_tokens", 8), ("prompts", 1), ("repeats", 1),
+        ):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}", fix=f"give {least} or more")
         if self.in_flight[0] != 1:
-            raise UsageError(f"--microbatches {self.microbatches}", fix="the first is 1, which the others are compared with")
+            raise UsageError(f"--microbatches {self.microbatches}", fix="begin with 1: the others are compared with it")
         if not set(self.layouts.split(",")) <= set(LAYOUTS):
             raise UsageError(f"--layouts {self.layouts}", fix=f"some of {', '.join(LAYOUTS)}, separated by commas")
         if self.rate_gbit <= 0:
@@ -104,8 +108,8 @@ def scenarios(options: OverlapOptions) -> list[Scenario]:
 
     def prefill(layout: str, tokens: int, variants: list[Variant]) -> Scenario:
         return Scenario(
-            name=f"{layout}2 prefill {tokens}", layout=layout, prompt_tokens=tokens, output_tokens=1, batch_tokens=tokens,
-            variants=tuple(variants),
+            name=f"{layout}2 prefill {tokens}", layout=layout, prompt_tokens=tokens, output_tokens=1,
+            batch_tokens=tokens, variants=tuple(variants),
         )
 
     def two_batch(num_sequences: int) -> list[Variant]:
@@ -116,10 +120,8 @@ def scenarios(options: OverlapOptions) -> list[Scenario]:
 
     found = [prefill("tp", tokens, two_batch(_TP_PROMPTS)) for tokens in options.prefill_sizes]
     found.append(Scenario(name=f"tp2 decode {size}", layout="tp", variants=tuple(two_batch(size)), **decode))
-    found += [
-        prefill("pp", tokens, [Variant(name=f"{lag} in flight", lag=lag, num_sequences=options.prompts) for lag in lags])
-        for tokens in options.prefill_sizes
-    ]
+    chunks = [Variant(name=f"{lag} in flight", lag=lag, num_sequences=options.prompts) for lag in lags]
+    found += [prefill("pp", tokens, chunks) for tokens in options.prefill_sizes]
     kept = [Variant(name=f"{lag} in flight", lag=lag, num_sequences=lag * size) for lag in lags]
     halves = [Variant(name=f"{lag} in flight", lag=lag, num_sequences=size) for lag in lags]
     halves += [Variant(name=f"t({size // lag})", num_sequences=size // lag) for lag in lags if 1 < lag <= size]
@@ -129,7 +131,7 @@ def scenarios(options: OverlapOptions) -> list[Scenario]:
 
 
 def random_config(options: OverlapOptions) -> ModelConfig:
-    """A Llama-like model of the hidden size: grouped heads of 128 (16 for tiny ones), MLP of 2.75 times the hidden size."""
+    """A Llama-like model: grouped heads of 128 (of 16 where it is tiny), an MLP of 2.75 times the hidden size."""
     head_dim = 128 if options.hidden >= 512 else 16
     heads = max(2 * NUM_RANKS, options.hidden // head_dim)
     return ModelConfig.from_dict({

@@ -36,8 +36,8 @@ def report(figures: dict, asked: Sequence[Scenario], runs: Mapping[tuple[str, st
 
 
 def _medians(runs: list[dict]) -> dict:
-    """Medians over the repetitions. `step_s` is the time in which the largest microbatch's worth of tokens is computed."""
-    counters = runs[0]["counters"]
+    """Medians over the repetitions."""
+    counters, ranks = runs[0]["counters"], range(len(runs[0]["ranks"]))
     return {
         "tokens_per_s": statistics.median(run["tokens"] / run["seconds"] for run in runs),
         "seconds": statistics.median(run["seconds"] for run in runs),
@@ -45,16 +45,16 @@ def _medians(runs: list[dict]) -> dict:
         "leader_waited_share": statistics.median(run["leader_waited_s"] / run["seconds"] for run in runs),
         "divided_steps": runs[0]["divided_steps"],
         "max_in_flight": counters["max_in_flight"],
-        "cpu_s": [statistics.median(run["ranks"][rank]["cpu_s"] for run in runs) for rank in range(len(runs[0]["ranks"]))],
+        "cpu_s": [statistics.median(run["ranks"][rank]["cpu_s"] for run in runs) for rank in ranks],
         "communicators": [
             {
                 name: {
                     key: statistics.median(run["ranks"][rank]["communicators"][name][key] for run in runs)
                     for key in counters_of
                 }
-                for name, counters_of in ranks["communicators"].items()
+                for name, counters_of in runs[0]["ranks"][rank]["communicators"].items()
             }
-            for rank, ranks in enumerate(runs[0]["ranks"])
+            for rank in ranks
         ],
     }
 
@@ -97,7 +97,8 @@ def _aims(figures: dict, results: list[dict]) -> list[dict]:
         if variant == "2 in flight" and half is not None:
             # A step of all sequences takes so many times as long as one of half of them.
             ratio = 2 * half["tokens_per_s"] / by_name[scenario, "1 in flight"]["tokens_per_s"]
-            aim(f"{scenario}: 2 in flight, of t({size}) / t({size // 2}) = {ratio:.2f}", DIVIDED_AIM * ratio, result["speedup"])
+            what = f"{scenario}: 2 in flight, of t({size}) / t({size // 2}) = {ratio:.2f}"
+            aim(what, DIVIDED_AIM * ratio, result["speedup"])
     return aims
 
 
@@ -106,8 +107,8 @@ def table(figures: dict) -> str:
     link = figures["link_measured"]
     lines = [
         f"link: {figures['link_used']}",
-        f"  measured {link['bytes_per_s'] / 1e6:.0f} MB/s one way, {link['both_ways_bytes_per_s'] / 1e6:.0f} MB/s each way at once, "
-        f"{link['latency_s'] * 1e6:.0f} us",
+        f"  measured {link['bytes_per_s'] / 1e6:.0f} MB/s one way, {link['both_ways_bytes_per_s'] / 1e6:.0f} MB/s each way "
+        f"at once, {link['latency_s'] * 1e6:.0f} us",
         f"model: Llama-like, hidden {figures['hidden']}, {figures['layers']} layers, {figures['dtype']}, "
         f"{figures['threads_per_rank']} thread(s) a rank; load average {figures['load_average']:.1f} "
         f"to {figures['load_average_end']:.1f}",
@@ -115,7 +116,8 @@ def table(figures: dict) -> str:
     if "agreed_two_batch_tokens" in figures:
         agreed = figures["agreed_two_batch_tokens"]
         lines.append(f"two-batch overlap by agreement: {f'from {agreed} tokens on' if agreed else 'off'}")
-    lines += ["", f"{'scenario':<24}{'variant':<14}{'tokens/s':>10}{'speed-up':>10}{'range':>14}{'waited':>9}{'cpu s':>8}"]
+    head = f"{'scenario':<24}{'variant':<14}{'tokens/s':>10}{'speed-up':>10}{'range':>14}{'waited':>9}{'cpu s':>8}"
+    lines += ["", head]
     for result in figures["results"]:
         low, high = result["speedup_range"]
         lines.append(

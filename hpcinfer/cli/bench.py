@@ -36,7 +36,7 @@ def _configure_overlap(overlap: argparse.ArgumentParser) -> None:
     overlap.add_argument("--hidden", type=int, default=2048, help="hidden size of the random model (default: %(default)s)")
     overlap.add_argument("--layers", type=int, default=4, help="its layers (default: %(default)s)")
     overlap.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="default: %(default)s")
-    overlap.add_argument("--prefill", default="512,1024", help="tokens of a prefill step (default: %(default)s)")
+    overlap.add_argument("--prefill", default="512", help="tokens of a prefill step, separated by commas (default: %(default)s)")
     overlap.add_argument("--sequences", type=int, default=64, help="sequences of a decode step (default: %(default)s)")
     overlap.add_argument("--microbatches", default="1,2,4", help="steps in flight with pp2 (default: %(default)s)")
     overlap.add_argument("--output-tokens", type=int, default=12, help="tokens that a sequence decodes (default: %(default)s)")
@@ -49,6 +49,7 @@ def _configure_overlap(overlap: argparse.ArgumentParser) -> None:
     )
     overlap.add_argument("--rate-gbit", type=float, default=1.0, help="of that link, in Gbit/s each way (default: %(default)s)")
     overlap.add_argument("--out", default="", help="a file for the figures")
+    overlap.add_argument("--trace", default="", help="a folder for records, as `hpcinfer trace FOLDER --start NAME` reads them")
     overlap.add_argument("--link-used", default="", help=argparse.SUPPRESS)
 
 

@@ -153,7 +153,9 @@ def split(
         return None
     if len(ranks) == 1:
         return LocalCommunicator(name, device)
-    return MpiCommunicator(comm, name, progress=world.progress, strict=world.strict, deadline_s=world.deadline_s)
+    return MpiCommunicator(
+        comm, name, progress=world.progress, strict=world.strict, deadline_s=world.deadline_s, world_ranks=tuple(ranks)
+    )
 
 
 def split_channel(world: World, ranks: Sequence[int] | None, name: str) -> HostChannel | None:
@@ -163,11 +165,15 @@ def split_channel(world: World, ranks: Sequence[int] | None, name: str) -> HostC
         return None
     if len(ranks) == 1:
         return LocalHostChannel(name)
-    return MpiHostChannel(comm, name, progress=world.progress, deadline_s=world.deadline_s)
+    return MpiHostChannel(
+        comm, name, progress=world.progress, deadline_s=world.deadline_s, world_ranks=tuple(ranks)
+    )
 
 
 def _channel(comm: Any, name: str, world: World) -> HostChannel:
-    return MpiHostChannel(comm.Dup(), name, progress=world.progress, deadline_s=world.deadline_s)
+    return MpiHostChannel(
+        comm.Dup(), name, progress=world.progress, deadline_s=world.deadline_s, world_ranks=range(comm.Get_size())
+    )
 
 
 def _split(world: World, ranks: Sequence[int] | None) -> Any | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -109,9 +110,18 @@ class MpiHostChannel(HostChannel):
         name: for errors.
         progress: this rank's engine.
         deadline_s: seconds that a call may wait, unless it says otherwise.
+        world_ranks: of its members in their order, for errors.
     """
 
-    def __init__(self, mpi_comm: Any, name: str, *, progress: ProgressEngine, deadline_s: float = 300.0) -> None:
+    def __init__(
+        self,
+        mpi_comm: Any,
+        name: str,
+        *,
+        progress: ProgressEngine,
+        deadline_s: float = 300.0,
+        world_ranks: Sequence[int] = (),
+    ) -> None:
         super().__init__(name, rank=mpi_comm.Get_rank(), size=mpi_comm.Get_size())
         MPI = load_mpi()
         mpi_comm.Set_errhandler(MPI.ERRORS_RETURN)
@@ -120,7 +130,7 @@ class MpiHostChannel(HostChannel):
         self._comm = mpi_comm
         self._byte = MPI.BYTE
         self._int64 = MPI.INT64_T
-        self._queue = OperationQueue(name, self.rank, self.size, self.counters)
+        self._queue = OperationQueue(name, self.rank, self.size, self.counters, world_ranks=world_ranks)
 
     def broadcast(self, obj: Any = None, root: int = 0, *, deadline_s: float | None = None) -> Any:
         if self.rank != root:

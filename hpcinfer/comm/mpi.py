@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,6 +72,7 @@ class MpiCommunicator(Communicator):
         progress: this rank's engine.
         strict: imitate NCCL's ordering (see above).
         deadline_s: seconds that any wait may last.
+        world_ranks: of its members in their order, for errors.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class MpiCommunicator(Communicator):
         progress: ProgressEngine,
         strict: bool = False,
         deadline_s: float = DEADLINE_S,
+        world_ranks: Sequence[int] = (),
     ) -> None:
         super().__init__(name, rank=mpi_comm.Get_rank(), size=mpi_comm.Get_size(), device=torch.device("cpu"))
         MPI = load_mpi()
@@ -97,7 +99,9 @@ class MpiCommunicator(Communicator):
             np.dtype(np.float32): MPI.FLOAT, np.dtype(np.float64): MPI.DOUBLE, np.dtype(np.uint16): MPI.UINT16_T,
             np.dtype(np.int64): MPI.INT64_T, np.dtype(np.int32): MPI.INT32_T, np.dtype(np.uint8): MPI.UINT8_T,
         }
-        self._queue = OperationQueue(name, self.rank, self.size, self.counters, strict=strict)
+        self._queue = OperationQueue(
+            name, self.rank, self.size, self.counters, strict=strict, world_ranks=world_ranks
+        )
         self._group: list[Operation] | None = None
 
     # -- verbs --------------------------------------------------------------------------------------------------------

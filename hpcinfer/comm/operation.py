@@ -96,14 +96,25 @@ class OperationQueue:
         name, rank, size: of the communicator, for errors.
         counters: a `Counters`; operations, bytes and waiting time are added to it.
         strict: start a batch only when the one before it is over (what a NCCL stream does).
+        world_ranks: of its members in their order, for errors; empty where nobody knows.
     """
 
-    def __init__(self, name: str, rank: int, size: int, counters: Any, *, strict: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        rank: int,
+        size: int,
+        counters: Any,
+        *,
+        strict: bool = False,
+        world_ranks: Sequence[int] = (),
+    ) -> None:
         self.name = name
         self.rank = rank
         self.size = size
         self.counters = counters
         self.strict = strict
+        self.world_ranks = world_ranks
         self.batches: collections.deque[list[Operation]] = collections.deque()
         self.in_flight = 0
         self.failure: CommunicationError | None = None

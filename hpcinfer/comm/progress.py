@@ -231,12 +231,11 @@ class ProgressEngine:
     def _describe(self, operation: Operation) -> str:
         queue = operation.queue
         label = f" ({operation.label})" if operation.label else ""
-        peer = f", peer {operation.peer}" if operation.peer is not None else ", all ranks"
         part = f" part {operation.part}" if operation.part >= 0 else ""
         microbatch = f", {'microbatch ' if part else ''}tick {operation.tick}{part}" if operation.tick >= 0 else ""
         return (
             f"{operation.verb}{label} of {operation.num_bytes} bytes by rank {queue.rank} of {queue.size} in "
-            f"{queue.name!r} (world rank {self.rank}, host {self.host or 'unknown'}){peer}{microbatch}"
+            f"{queue.name!r} (world rank {self.rank}, host {self.host or 'unknown'}), {_others(operation)}{microbatch}"
         )
 
     def _run(self) -> None:
@@ -273,3 +272,11 @@ class ProgressEngine:
             self._wake.set()
         if self._thread is not threading.current_thread():
             self._thread.join()
+
+
+def _others(operation: Operation) -> str:
+    """With whom: by the number in the communicator, and by that in the world, which says where to look."""
+    world_ranks = operation.queue.world_ranks
+    if operation.peer is None:
+        return f"all ranks (world ranks {', '.join(map(str, world_ranks))})" if world_ranks else "all ranks"
+    return f"peer {operation.peer}" + (f" (world rank {world_ranks[operation.peer]})" if world_ranks else "")

@@ -23,7 +23,7 @@ from hpcinfer.engine.overlap import two_batch_tokens
 from hpcinfer.engine.replica import Replica
 from hpcinfer.engine.worker import Worker
 from hpcinfer.models.base import StageModel
-from hpcinfer.models.footprint import layer_parameters
+from hpcinfer.models.footprint import layer_cost
 from hpcinfer.models.registry import model_class
 from hpcinfer.observe.metrics import PhaseClock
 from hpcinfer.observe.trace import Recorder
@@ -121,18 +121,24 @@ def _plan_rank(
         environment=os.environ.get(ENVIRONMENT_VARIABLE, ""),
     )
     blocks = num_kv_blocks(
-        model, engine, layers=layers, tp=parallel.tp, dtype=dtype, available_bytes=available_bytes
+        model, engine, layers=layers, parallel=parallel, dtype=dtype, available_bytes=available_bytes
     )
     return layers, attention, blocks
 
 
 def stage_layers(model: ModelConfig, parallel: ParallelConfig) -> list[range]:
-    """The layers of every stage: as the job says, or split by the weights that a step reads, the head counted."""
+    """The layers of every stage: as the job says, or split by what a token costs in each, embedding and head counted.
+
+    Costs are in numbers of weights that a token meets. The embedding reads one row of D for a token, and as much for a learned
+    position; the head multiplies ceil(V / tp) rows of D.
+    """
     if parallel.layer_split:
         return explicit_split(parallel.layer_split)
-    layer = layer_parameters(model, parallel.tp)
-    head = model.vocab_size * model.hidden_size / parallel.tp
-    return split_layers([1.0] * model.num_layers, parallel.pp, last_extra=head / layer)
+    return split_layers(
+        [layer_cost(model, layer, parallel.tp) for layer in range(model.num_layers)], parallel.pp,
+        first_extra=model.hidden_size * (2 if model.learned_positions else 1),
+        last_extra=-(-model.vocab_size // parallel.tp) * model.hidden_size,
+    )
 
 
 def build_replica(
@@ -166,6 +172,8 @@ def build_replica(
         groups.warmup()
         tokens = two_batch_tokens(plan.two_batch, model, kv, plan.limits, groups.control, lane=lane)
         limits = dataclasses.replace(plan.limits, two_batch_tokens=tokens)
+        model.forget_expert_load()  # of the measurement
     return Replica(
-        worker=worker, scheduler=Scheduler(limits, lane), control=groups.control, mark=groups.mark, recorder=recorder
+        worker=worker, scheduler=Scheduler(limits, lane), control=groups.control, mark=groups.mark, recorder=recorder,
+        expert_load=model.expert_load,
     )

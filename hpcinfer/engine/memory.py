@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hpcinfer.config.job import EngineSection
 from hpcinfer.config.model import ModelConfig
+from hpcinfer.config.parallel import ParallelConfig
 from hpcinfer.errors import ConfigError
 from hpcinfer.models.footprint import DTYPE_BYTES, activation_bytes, kv_bytes_per_token, weight_bytes
 from hpcinfer.units import format_bytes, parse_bytes
@@ -25,7 +26,7 @@ def num_kv_blocks(
     engine: EngineSection,
     *,
     layers: range,
-    tp: int,
+    parallel: ParallelConfig,
     dtype: str,
     available_bytes: int,
 ) -> int:
@@ -33,19 +34,22 @@ def num_kv_blocks(
 
     Args:
         layers: of this rank's stage.
-        tp: tensor parallel ranks.
+        parallel: sizes of the axes.
         dtype: of weights and pages.
         available_bytes: memory free for this rank before its weights are loaded.
 
     Raises:
         ConfigError: weights do not fit, or no sequence of the asked length would fit into the pages.
     """
-    dtype_bytes = DTYPE_BYTES[dtype]
+    dtype_bytes, tp, ep = DTYPE_BYTES[dtype], parallel.tp, parallel.ep
     page_bytes = kv_bytes_per_token(model, len(layers), tp, dtype_bytes) * engine.block_size
-    weights = weight_bytes(model, layers, tp, dtype_bytes)
+    weights = weight_bytes(model, layers, tp, dtype_bytes, ep=ep)
     working = activation_bytes(
-        model, engine.max_batch_tokens, tp, dtype_bytes, num_logit_rows=min(engine.max_sequences, engine.max_batch_tokens)
+        model, engine.max_batch_tokens, tp, dtype_bytes, ep=ep,
+        num_logit_rows=min(engine.max_sequences, engine.max_batch_tokens),
     )
+    if parallel.sp > 1:  # keys and values of all lanes, as they arrive and in the order of their slots
+        working += 2 * parallel.sp * engine.max_batch_tokens * kv_bytes_per_token(model, 1, tp, dtype_bytes)
     free = available_bytes - weights - working
     if free <= 0:
         raise ConfigError(

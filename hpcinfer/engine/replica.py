@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -34,6 +35,7 @@ class Replica:
         control: among all ranks of the replica.
         mark: names the tick in reports of the control channel.
         recorder: gets the time spent on messages and schedules.
+        expert_load: see `StageModel.expert_load`.
     """
 
     def __init__(
@@ -44,8 +46,10 @@ class Replica:
         control: HostChannel,
         mark: Mark | None = None,
         recorder: Recorder | None = None,
+        expert_load: Callable[[], dict[int, np.ndarray]] = dict,
     ) -> None:
         self.scheduler = scheduler
+        self.expert_load = expert_load
         self._worker = worker
         self._control = control
         self._mark = mark or Mark()
@@ -73,20 +77,36 @@ class Replica:
         return ended
 
     def stop(self) -> None:
-        """Leader: end the loop on every rank. What is still in work is given up."""
+        """Leader: end the loop on every rank. What is still in work is given up.
+
+        Raises:
+            CommunicationError: another rank did not get there within the deadline.
+        """
         while self._drawing:  # tokens in flight must be received before communicators close
             self.step([], drain=True)
         self._take(self._message(stop=True))
-        self._worker.drain()
-        self._mark.set()
+        self._part()
 
-    def follow(self) -> None:
-        """Other ranks: take part in every tick until the leader stops."""
-        ahead = _LookAhead(self)
+    def follow(self, *, silence_s: float = _NO_DEADLINE) -> None:
+        """Other ranks: take part in every tick until the leader stops.
+
+        Args:
+            silence_s: how long the leader may send nothing before it counts as stuck. Its first message may take any time:
+                before it, all that earlier lives of the run have written may have to be read.
+
+        Raises:
+            CommunicationError: the leader was silent for longer, or another transfer was over its deadline.
+        """
+        ahead = _LookAhead(self, silence_s)
         while (planned := ahead.next()) is not None:
             with span(self._recorder, "execute", TICK, tick=planned.step.tick):
                 self._worker.execute(planned, between=ahead.look)
+        self._part()
+
+    def _part(self) -> None:
+        """The end, on every rank: they part together, so that one which is stuck is missed here, by a wait with a deadline."""
         self._worker.drain()
+        self._control.barrier()
         self._mark.set()
 
     def _message(self, requests: tuple[Request, ...] = (), *, drain: bool = False, stop: bool = False) -> TickMessage:
@@ -124,11 +144,11 @@ class Replica:
             self._recorder.add(TICK, "schedule", start_s, tick=message.tick)
         return ended, planned
 
-    def _expect(self, tick: int) -> Expected:
-        """Take part in the broadcast of a tick's message."""
+    def _expect(self, tick: int, silence_s: float) -> Expected:
+        """Take part in the broadcast of a tick's message. A leader may read, tokenise and commit between ticks, so that this
+        has a deadline of its own."""
         self._mark.set(tick)
-        # A leader may read, tokenise and commit between ticks: no deadline but the one of the launcher.
-        return self._control.expect(root=LEADER, deadline_s=_NO_DEADLINE)
+        return self._control.expect(root=LEADER, deadline_s=silence_s)
 
     def _sampling(self, step: Step) -> SamplingBatch | None:
         # Now, and not when the step is executed: the sequences may have moved on by then.
@@ -142,11 +162,12 @@ class Replica:
 class _LookAhead:
     """The messages of a rank that follows, taken as early as they come, at most `lag` ahead of what is executed."""
 
-    def __init__(self, replica: Replica) -> None:
+    def __init__(self, replica: Replica, silence_s: float) -> None:
         self._replica = replica
+        self._silence_s = silence_s
         self._planned: collections.deque[PlannedStep] = collections.deque()
         self._stopped = False
-        self._expected = replica._expect(replica._next_tick)
+        self._expected = replica._expect(replica._next_tick, _NO_DEADLINE)
 
     def next(self) -> PlannedStep | None:
         """The next step to execute; None after the last."""
@@ -163,7 +184,7 @@ class _LookAhead:
         message = self._expected.wait()
         self._stopped = message.stop
         if not message.stop:
-            self._expected = self._replica._expect(message.tick + 1)
+            self._expected = self._replica._expect(message.tick + 1, self._silence_s)
         _, planned = self._replica._take(message)
         if planned is not None:
             self._planned.append(planned)

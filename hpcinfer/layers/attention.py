@@ -12,7 +12,7 @@ import torch
 
 from hpcinfer.attention.base import AttentionBackend, AttentionSpec
 from hpcinfer.attention.metadata import AttentionMetadata
-from hpcinfer.comm.communicator import Handle
+from hpcinfer.comm.communicator import FinishedHandle, Handle
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.layers.linear import QkvParallelLinear, RowParallelLinear
 from hpcinfer.layers.norm import QkNorm
@@ -88,6 +88,9 @@ class Attention:
         if metadata.shared is None:
             q, k, v = self._project(x, rotary)
             self._backend.write(k, v, *cache, metadata.slot_mapping)
+            if self._sp.size > 1 and metadata.is_prefill:
+                # Takes the turn of the gather: the other part of the step may have one, and must not be overtaken.
+                yield FinishedHandle(v, f"layer {self._layer} kv")
         else:
             q, k, v = yield from self._project_shared(x, rotary, metadata, cache)
         attended = self._backend.forward(q, k, v, *cache, metadata, self.spec)

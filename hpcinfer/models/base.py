@@ -139,11 +139,13 @@ class StageModel(ABC):
         """True for a tensor that checkpoints of this family may have and that nothing needs."""
         return False
 
-    def expert_load(self) -> torch.Tensor | None:
-        """int64 [mixtures of this stage, experts]: tokens that this rank has counted for each expert since the start. The sum
-        over the ranks of a stage counts each token once. None without mixtures.
-        """
-        return None
+    def expert_load(self) -> dict[int, np.ndarray]:
+        """Layer -> int64 [experts]: tokens that this rank has counted for each expert of this stage's mixtures. The sum over the
+        ranks of a stage counts each token once."""
+        return {}
+
+    def forget_expert_load(self) -> None:
+        """Count from 0."""
 
     def kv_layout(self, block_size: int) -> KvLayout:
         """The pages of one layer on this rank, as the backend wants them."""

@@ -13,6 +13,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Protocol, TypeVar
 
+import numpy as np
 import torch
 
 from hpcinfer.attention.base import AttentionBackend
@@ -139,9 +140,16 @@ class DecoderStage(StageModel):
             hidden = yield from layer.forward(hidden, rotary, metadata, kv.layer(index))
         return hidden
 
-    def expert_load(self) -> torch.Tensor | None:
-        loads = [layer.mlp.load for layer in self.layers if isinstance(layer.mlp, MoeMlp)]
-        return torch.stack(loads) if loads else None
+    def expert_load(self) -> dict[int, np.ndarray]:
+        return {number: mlp.load.cpu().numpy() for number, mlp in self._mixtures()}
+
+    def forget_expert_load(self) -> None:
+        for _, mlp in self._mixtures():
+            mlp.load.zero_()
+
+    def _mixtures(self) -> list[tuple[int, MoeMlp]]:
+        numbered = zip(self.layer_range, self.layers, strict=True)
+        return [(number, layer.mlp) for number, layer in numbered if isinstance(layer.mlp, MoeMlp)]
 
     def weights(self) -> dict[str, WeightLoader]:
         loaders: dict[str, WeightLoader] = {}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from hpcinfer.batch import MicroBatch, Step
-from hpcinfer.comm.communicator import Handle
+from hpcinfer.comm.communicator import FinishedHandle, Handle
 from hpcinfer.comm.operation import Mark
 from hpcinfer.kvcache.pool import KvPool
 from hpcinfer.models.base import StageInputs, StageModel
@@ -45,6 +45,7 @@ class StageRunner:
         self._kv = kv
         self._links = links
         self._lane = lane
+        self._last_sent = (-1, 0)  # tick and part
         self._watch = SegmentWatch(Mark()) if watch is None else watch
 
     def prepare(self, step: Step) -> PreparedStep:
@@ -92,11 +93,15 @@ class StageRunner:
         """One microbatch: wait for its activations, compute, send on."""
         hidden = None
         if not self._links.is_first:
-            hidden = (yield arriving) if arriving is not None else self._links.empty()
+            # A turn is taken without tokens too, so that all lanes issue their transfers in the same order.
+            hidden = yield arriving or FinishedHandle(self._links.empty(), "activations")
         inputs = StageInputs.from_microbatch(
             part, block_size=self._kv.layout.block_size, device=self._model.device, lane=self._lane, hidden=hidden
         )
         output = yield from self._model.forward(inputs, self._kv)
         if not self._links.is_last and part.num_tokens:
+            # All parts of a step take the same number of turns, so that none overtakes another.
+            assert self._last_sent < (part.tick, part.part), (self._last_sent, part.tick, part.part)
+            self._last_sent = (part.tick, part.part)
             self._links.send(output)
         return output

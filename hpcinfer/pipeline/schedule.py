@@ -4,7 +4,8 @@ Forwards take turns. A turn waits for the transfer that the forward has left pen
 one. So with two forwards the transfer of one is in flight while the other computes, and every rank that drives the same
 forwards issues the same transfers in the same order, which collectives need: another order gives silently wrong sums.
 
-The k-th segment of a forward always comes before the k-th segment of a later one. Two chunks of one prompt may therefore
+The k-th segment of a forward always comes before the k-th segment of a later one; the forwards of a step have equally many
+in each layer, whatever their tokens are (a turn without a transfer yields a finished handle). Two chunks of one prompt may therefore
 interleave: the earlier chunk's keys and values of a layer are in the pages before the later one's attention reads them.
 """
 

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import time
 
+import numpy as np
 import torch
 
 from hpcinfer.comm.bootstrap import World
@@ -27,7 +28,7 @@ from hpcinfer.parallel.groups import ReplicaGroups, build_groups
 from hpcinfer.runner.leader import lead
 from hpcinfer.runner.preflight import CheckedJob, check_job, open_run
 from hpcinfer.runner.replica_loop import LoopFigures, check_failures
-from hpcinfer.runner.summary import RunSummary
+from hpcinfer.runner.summary import RunSummary, expert_balance
 from hpcinfer.runner.tracing import recording
 from hpcinfer.units import format_count
 
@@ -43,6 +44,8 @@ class _RankResult:
     phase_seconds: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     generation_seconds: float = 0.0
     counters: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    expert_load: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    """Layer -> int64 [experts]: tokens counted by this rank."""
 
 
 def run_job(
@@ -136,8 +139,10 @@ def _generate(
         )
         result.counters = collections.Counter(dataclasses.asdict(replica.scheduler.counters))
     else:
-        replica.follow()
+        # Between ticks the leader may wait for a storage that refuses, and it says something while it idles.
+        replica.follow(silence_s=job.comm.deadline_s + job.run.retry_s)
     result.generation_seconds = time.monotonic() - start_s
+    result.expert_load = replica.expert_load()
     with span(recorder, "release"):
         del replica, checkpoint
     return result
@@ -170,6 +175,7 @@ def _sum_up(
         },
         layout=_layout(checked, num_ranks),
         counters=dict(counters),
+        experts=expert_balance([result.expert_load for result in results]),
     )
 
 

@@ -114,6 +114,7 @@ def _loop(
         tokenizer=tokenizer,
         max_sequences=job.engine.max_sequences,
         linger_s=job.run.linger_s,
+        deadline_s=job.comm.deadline_s,
         failed_before=coverage.num_failed,
         max_failed=job.run.allowed_failures(coverage.num_keys),
         drain=drain,

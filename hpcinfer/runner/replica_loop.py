@@ -23,6 +23,7 @@ from hpcinfer.runner.feed import RowFeed
 from hpcinfer.scheduler.scheduler import EndedSequence
 
 _IDLE_S = 0.05
+_LONGEST_SILENCE_S = 30.0
 _QUEUED_ROWS = 32
 """Requests kept waiting beyond the sequences in work, so that a finished one is replaced in the next tick."""
 
@@ -53,6 +54,7 @@ class ReplicaLoop:
         tokenizer: makes text; None leaves it empty.
         max_sequences: sequences in work at once.
         linger_s: how long to wait without work while other writers live.
+        deadline_s: of transfers; while there is no work the other ranks hear from this one several times as often.
         failed_before: failed rows of the run that earlier lives committed.
         max_failed: failed rows of the run that are still accepted.
         drain: set by a signal: commit what there is and leave.
@@ -72,6 +74,7 @@ class ReplicaLoop:
         tokenizer: Tokenizer | None,
         max_sequences: int,
         linger_s: float,
+        deadline_s: float,
         failed_before: int,
         max_failed: int,
         drain: DrainFlag,
@@ -88,6 +91,8 @@ class ReplicaLoop:
         self._tokenizer = tokenizer
         self._wanted = max_sequences + _QUEUED_ROWS
         self._linger_s = linger_s
+        self._silence_s = min(deadline_s / 4, _LONGEST_SILENCE_S)
+        self._spoke_at = time.monotonic()
         self._failed_before = failed_before
         self._max_failed = max_failed
         self._drain = drain
@@ -147,9 +152,11 @@ class ReplicaLoop:
             with span(self._recorder, "read"):
                 requests, failed = self._feed.take(self._wanted - self._replica.scheduler.num_sequences, idle=idle)
             self._commit(failed)
-        if requests or not idle:
+        # An empty tick now and then, for the other ranks: long silence would mean that this one is stuck.
+        if requests or not idle or time.monotonic() - self._spoke_at > self._silence_s:
             self._finish(self._replica.step(requests))
-        elif not failed:
+            self._spoke_at = time.monotonic()
+        if idle and not requests and not failed:
             return False
         with span(self._recorder, "beat"):
             self._writer.step_finished(**self.beat())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+
+import numpy as np
 
 from hpcinfer.observe.metrics import PHASES
 from hpcinfer.units import format_count, format_duration
@@ -43,6 +45,8 @@ class RunSummary:
     """Mesh and number of ranks, in words."""
     counters: Mapping[str, int]
     """What happened: ticks, preemptions, chunked prefills, resumed rows, takeovers, in all replicas together."""
+    experts: Mapping[str, list[int]] = dataclasses.field(default_factory=dict)
+    """Mixtures of experts: layer -> tokens that each expert got in this start; empty without mixtures."""
 
     def to_dict(self) -> dict:
         """For JSON."""
@@ -60,6 +64,8 @@ def summary_text(summary: RunSummary) -> str:
         f"{format_count(summary.output_tokens / seconds)} generated tokens/s",
         f"  time      {_phases(summary)}",
     ]
+    if summary.experts:
+        lines.append(f"  experts   {_experts(summary.experts)}")
     for reason, count in summary.failures.items():
         lines.append(f"  failed    {format_count(count)} x {reason}")
     lines.append(f"  output    {summary.output}")
@@ -68,6 +74,27 @@ def summary_text(summary: RunSummary) -> str:
     else:
         lines.append("  resume    run the same command again: it goes on from what is committed")
     return "\n".join(lines)
+
+
+def expert_balance(loads: Iterable[Mapping[int, np.ndarray]]) -> dict[str, list[int]]:
+    """The sum of what all ranks counted: layer (as text, for JSON) -> tokens of each expert."""
+    total: dict[int, np.ndarray] = {}
+    for load in loads:
+        for layer, tokens in load.items():
+            total[layer] = total.get(layer, 0) + tokens
+    return {str(layer): total[layer].tolist() for layer in sorted(total)}
+
+
+def _experts(experts: Mapping[str, list[int]]) -> str:
+    """How evenly tokens were spread: the busiest expert against the mean of its layer, and those that got none."""
+    busiest = {layer: max(tokens) * len(tokens) / max(sum(tokens), 1) for layer, tokens in experts.items()}
+    layer = max(busiest, key=busiest.get)
+    number = experts[layer].index(max(experts[layer]))
+    unused = sum(tokens.count(0) for tokens in experts.values())
+    return (
+        f"busiest {busiest[layer]:.1f}x the mean (layer {layer}, expert {number}), mean over layers "
+        f"{sum(busiest.values()) / len(busiest):.1f}x, {unused} of {sum(map(len, experts.values()))} without a token"
+    )
 
 
 def _rows(summary: RunSummary) -> str:

@@ -10,7 +10,7 @@ from hpcinfer.scheduler.limits import SchedulerLimits
 from hpcinfer.scheduler.sequence import Sequence
 
 _LEAST_SHARE = 8
-"""A step has room for at least this fraction of `max_batch_tokens` of prefill: the last chunks must not get ever smaller."""
+"""A step has room for at least 1/8 of `max_batch_tokens` of prefill: the last chunks must not get ever smaller."""
 
 
 def share(count: int, limits: SchedulerLimits) -> int:
@@ -28,7 +28,7 @@ def step_tokens(
     waiting: Iterable[Sequence],
     room: int,
 ) -> int:
-    """Most tokens that a lane computes in this step: with the steps in flight, an equal share of all that there is to do.
+    """Most tokens that a lane computes in this step: of all that there is to do or in flight, an equal share.
 
     What is in flight counts too: else each step would take a share of what the last one left, and steps would dwindle.
 

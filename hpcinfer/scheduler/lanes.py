@@ -20,7 +20,7 @@ class LanePages:
         self.num_running = [0] * limits.num_lanes
         """Running sequences that each lane owns."""
         self.num_owned = [0] * limits.num_lanes
-        """Pages of each lane that running sequences of its own hold. What it lends to the prefill of others is not counted."""
+        """Pages of each lane that running sequences of its own hold; what it lends to the prefill of others is not."""
         self.promised = [0] * limits.num_lanes
         """Pages that starved decodes of each lane wait for; until they have them the lane takes no new sequence."""
         self._digest = 0

@@ -57,7 +57,7 @@ class Scheduler:
         self._digest = 0
         self._in_flight: collections.deque[_InFlight] = collections.deque()
 
-    # -- what it holds --------------------------------------------------------------------------------------------------
+    # -- what it holds -------------------------------------------------------------------------------------------------
 
     @property
     def num_sequences(self) -> int:
@@ -83,19 +83,23 @@ class Scheduler:
         if num_tokens == 0:
             raise RowError("the prompt has no tokens")
         if num_tokens >= limits.max_context:
-            raise RowError(f"the prompt has {num_tokens} tokens; at most {limits.max_context - 1} leave room for an output token")
+            raise RowError(
+                f"the prompt has {num_tokens} tokens; at most {limits.max_context - 1} leave room for an output token"
+            )
         longest = min(num_tokens + request.sampling.max_tokens, limits.max_context)
         if self.pages.blocks_for(longest) > self.pages.capacity:
             raise ConfigError(
-                f"row {request.row} may reach {longest} tokens, prompt and output together: more than the K/V cache holds",
+                f"row {request.row} may reach {longest} tokens, prompt and output together: "
+                "more than the K/V cache holds",
                 found=f"pages for {limits.num_tokens} tokens",
-                fix="raise engine.kv_memory, parallel.tp or parallel.pp, or lower engine.max_context; rows that are done stay",
+                fix="raise engine.kv_memory, parallel.tp or parallel.pp, or lower engine.max_context; "
+                "rows that are done stay",
             )
 
-    # -- one tick ---------------------------------------------------------------------------------------------------------
+    # -- one tick ------------------------------------------------------------------------------------------------------
 
     def state_hash(self) -> int:
-        """A hash of everything decided so far; equal on all ranks of a replica, whatever their lane, before each message."""
+        """A hash of everything decided so far; before each message equal on all ranks of a replica, in all lanes."""
         state = (self._tick, self._next_id, len(self._waiting), len(self._running), self.pages.state, self._digest)
         return zlib.crc32(repr(state).encode())
 
@@ -108,7 +112,8 @@ class Scheduler:
         if message.tick != self._tick + 1 or message.state_hash != self.state_hash():
             raise ReplicaDivergedError(
                 f"this rank's scheduler is not in the leader's state before tick {message.tick}",
-                found=f"tick {self._tick}, state {self.state_hash():08x}; the leader's state is {message.state_hash:08x}",
+                found=f"tick {self._tick}, state {self.state_hash():08x}; "
+                f"the leader's state is {message.state_hash:08x}",
                 fix="this is a defect of hpcinfer: report it with the logs of all ranks",
             )
         self._tick = message.tick
@@ -124,7 +129,7 @@ class Scheduler:
         return ended
 
     def schedule(self) -> Step | None:
-        """Choose this tick's tokens on all lanes; None when nothing can be computed. The parts are those of this lane."""
+        """Choose this tick's tokens on all lanes and return this lane's parts; None when nothing can be computed."""
         work = self._choose()
         if not work.pieces:
             return None
@@ -143,7 +148,7 @@ class Scheduler:
                 self.pages.give_back(piece.sequence, self._tick, but=piece.sequence.owner)
         return step
 
-    # -- messages ---------------------------------------------------------------------------------------------------------
+    # -- messages ------------------------------------------------------------------------------------------------------
 
     def _enqueue(self, request: Request) -> None:
         sequence = Sequence(self._next_id, request, num_lanes=self.limits.num_lanes)
@@ -181,7 +186,7 @@ class Scheduler:
         self._waiting.clear()
         return ended
 
-    # -- choosing ---------------------------------------------------------------------------------------------------------
+    # -- choosing ------------------------------------------------------------------------------------------------------
 
     def _choose(self) -> Work:
         """What all lanes compute in this tick. Decodes may stand beside prefill where there is one lane only."""
@@ -211,7 +216,7 @@ class Scheduler:
         return work
 
     def _choose_decodes(self, work: Work, budgets: list[int]) -> None:
-        """One token of every sequence that has been given its last; in each lane an equal share for each step in flight."""
+        """One token of every sequence that was given its last; in each lane an equal share for each step in flight."""
         tick, block_size, pages = self._tick, self.limits.block_size, self.pages
         rooms = [min(b, share(n, self.limits)) for b, n in zip(budgets, pages.num_running, strict=True)]
         left = sum(rooms)
@@ -266,7 +271,7 @@ class Scheduler:
         return max(0, len(self._running) - len(self._prefilling) - sum(step.num_drawn for step in self._in_flight))
 
     def _admit(self, work: Work, budgets: list[int], *, num_decodes: int = 0) -> None:
-        """Start waiting sequences; with the decodes of this step not more than its share of all that could be in work."""
+        """Start waiting sequences: with this step's decodes not more than its share of all that could be in work."""
         most = self.limits.max_sequences
         active = min(len(self._running) + len(self._waiting), most)
         for _ in range(min(share(active, self.limits) - num_decodes, most - len(self._running))):
@@ -276,7 +281,7 @@ class Scheduler:
             self._running[sequence.id] = self._prefilling[sequence.id] = sequence
             self._choose_chunk(sequence, work, budgets)
 
-    # -- pages ------------------------------------------------------------------------------------------------------------
+    # -- pages ---------------------------------------------------------------------------------------------------------
 
     def _place(self, sequence: Sequence, budgets: list[int]) -> bool:
         """Choose the owner and take pages, where there is room for a first chunk and for all known tokens at once: a
@@ -305,7 +310,7 @@ class Scheduler:
         return False
 
     def _make_room(self, sequence: Sequence, lane: int) -> None:
-        """Preempt from the back until the pages promised in `lane` are free or resting. Work in flight is never preempted."""
+        """Preempt from the back until the pages promised in `lane` are free or resting, but nothing in flight."""
         blocks, wanted = self.pages.lanes[lane], self.pages.promised[lane]
         for victim in reversed(list(self._running.values())):
             if victim is sequence or blocks.num_free + blocks.num_resting >= wanted:
@@ -328,7 +333,7 @@ class Scheduler:
         self.pages.num_running[sequence.owner] -= 1
         self.pages.give_back(sequence, self._tick)
 
-    # -- the step ---------------------------------------------------------------------------------------------------------
+    # -- the step ------------------------------------------------------------------------------------------------------
 
     def _parts(self, work: Work) -> tuple[Work, ...]:
         least = self.limits.two_batch_tokens

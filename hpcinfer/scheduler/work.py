@@ -79,13 +79,14 @@ class Work:
 def runs_of(piece: Piece, lane: int, num_lanes: int) -> list[Piece]:
     """What `lane` computes of a piece that is spread over the lanes: one run, two, or in a small piece none.
 
-    The piece is cut into 2 x `num_lanes` nearly equal runs; lane i takes the i-th from the front and the i-th from the back.
-    A token attends to all before it: early runs are cheap and late ones dear, so that the two together cost every lane
-    the same.
+    The piece is cut into 2 x `num_lanes` nearly equal runs; lane i takes the i-th from the front and the i-th from the
+    back. A token attends to all before it: early runs are cheap and late ones dear, so that the two together cost every
+    lane the same.
     """
     runs = []
-    for index in (lane, 2 * num_lanes - 1 - lane):
-        begin, end = _run_start(piece.num_tokens, index, 2 * num_lanes), _run_start(piece.num_tokens, index + 1, 2 * num_lanes)
+    num_runs = 2 * num_lanes
+    for index in (lane, num_runs - 1 - lane):
+        begin, end = (_run_start(piece.num_tokens, number, num_runs) for number in (index, index + 1))
         if begin == end:
             continue
         if runs and runs[-1].start + runs[-1].num_tokens == piece.start + begin:
@@ -98,8 +99,8 @@ def runs_of(piece: Piece, lane: int, num_lanes: int) -> list[Piece]:
 def divide(work: Work) -> tuple[Work, ...]:
     """Cut the work in two parts so that each lane has nearly the same number of tokens in both; one part if that fails.
 
-    Order is kept: what comes first in a list goes to part 0. At most one shared piece is cut, and in each lane at most one
-    of its own.
+    Order is kept: what comes first in a list goes to part 0. At most one shared piece is cut, and in each lane at most
+    one of its own.
     """
     num_lanes = len(work.local)
     first, second = Work.nothing(num_lanes), Work.nothing(num_lanes)
@@ -126,7 +127,7 @@ def _cut(pieces: list[Piece], num_tokens: int, multiple: int) -> tuple[list[Piec
             return pieces[:index], pieces[index:]
         if left < piece.num_tokens:
             offset = -(-left // multiple) * multiple
-            if offset >= piece.num_tokens:  # too small to be cut: as a whole, and never so that nothing is left behind it
+            if offset >= piece.num_tokens:  # too small to be cut; whole, it must leave something behind
                 index += bool(index == 0 or index + 1 < len(pieces))
                 return pieces[:index], pieces[index:]
             begun, rest = piece.part(0, offset), piece.part(offset, piece.num_tokens - offset)
@@ -136,8 +137,8 @@ def _cut(pieces: list[Piece], num_tokens: int, multiple: int) -> tuple[list[Piec
 
 
 def _run_start(num_tokens: int, index: int, num_runs: int) -> int:
-    """Where the index-th of `num_runs` nearly equal runs begins. Those that differ from the others by a token are the first
-    ones: there a token more or less changes the cost least."""
+    """Where the index-th of `num_runs` nearly equal runs begins. Those that differ from the others by a token are the
+    first ones: there a token more or less changes the cost least."""
     length, rest = divmod(num_tokens, num_runs)
     if 2 * rest <= num_runs:
         return index * length + min(index, rest)

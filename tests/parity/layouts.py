@@ -62,6 +62,9 @@ EXPERTS = {
     "pp2 x sp2 x tp2 ep4": {
         "ranks": 8, "layout": {"pp": 2, "sp": 2, "tp": 2, "ep": 4, **LANES}, "num_blocks": FEW,
     },
+    "pp2 x sp2 ep2, two-batch": {
+        "ranks": 4, "layout": {"pp": 2, "sp": 2, "ep": 2, **LANES, **ON}, "num_blocks": FEW,
+    },
     "dp2 x sp2 x tp2 ep4": {
         "ranks": 8, "layout": {"sp": 2, "tp": 2, "ep": 4, **LANES}, "num_blocks": FEW, "counters": ("chunked_prefills",),
     },

@@ -6,6 +6,7 @@ import pytest
 
 from hpcinfer.config.job import EngineSection
 from hpcinfer.config.model import ModelConfig
+from hpcinfer.config.parallel import ParallelConfig
 from hpcinfer.engine.memory import context_limit, num_kv_blocks
 from hpcinfer.errors import ConfigError
 from hpcinfer.launch.host_memory import available_host_bytes, cgroup_free_bytes
@@ -20,7 +21,8 @@ GIB = 2**30
 
 def blocks(available_bytes=GIB, tp=1, layers=range(4), **engine) -> int:
     return num_kv_blocks(
-        MODEL, EngineSection(**engine), layers=layers, tp=tp, dtype="float32", available_bytes=available_bytes
+        MODEL, EngineSection(**engine), layers=layers, parallel=ParallelConfig(tp=tp), dtype="float32",
+        available_bytes=available_bytes,
     )
 
 

@@ -17,6 +17,7 @@ from hpcinfer.errors import CheckpointError
 from hpcinfer.layers.mxfp4 import unpack
 from hpcinfer.models.random_weights import fill_random
 from hpcinfer.models.weights import Checkpoint
+from hpcinfer.runner.summary import expert_balance
 from tests.checkpoints import load_reference, make_variant
 from tests.unit.models.stages import Replica, build_stages, max_logit_error, mixed
 
@@ -75,20 +76,15 @@ def test_layouts(reference, variant, overrides, tp, ep, sequence_form, num_stage
     replica = replica_of(folder, tp=tp, ep=ep, sequence_form=sequence_form, stages=stages)
     assert max_logit_error(replica, sequences, wanted, mixed(LENS)) < TOLERANCE
     config = ModelConfig.from_folder(folder)
-    counted = [total for ranks in replica.stages if (total := _loads(ranks)) is not None]
-    loads = torch.cat(counted)
-    assert loads.shape == (sum(config.moe_layers), config.num_experts)
-    assert loads.sum(1).tolist() == [sum(LENS) * config.experts_per_token] * len(loads)
-
-
-def _loads(ranks) -> torch.Tensor | None:
-    loads = [model.expert_load() for model in ranks]
-    return None if loads[0] is None else torch.stack(loads).sum(0)
+    loads = expert_balance(model.expert_load() for ranks in replica.stages for model in ranks)
+    assert list(loads) == [str(layer) for layer, is_mixture in enumerate(config.moe_layers) if is_mixture]
+    for tokens in loads.values():
+        assert len(tokens) == config.num_experts and sum(tokens) == sum(LENS) * config.experts_per_token
 
 
 def test_a_dense_model_has_no_expert_load(tmp_path):
     stages = build_stages(make_variant(tmp_path, "llama"), SdpaBackend)
-    assert stages[0][0].expert_load() is None
+    assert stages[0][0].expert_load() == {}
 
 
 def test_collectives_of_a_step(reference):

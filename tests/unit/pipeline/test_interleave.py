@@ -1,7 +1,7 @@
 """What the first-in-first-out schedule hides, exactly: transfers take time on a link and nothing else (`fake_link`).
 
-Letters: m forwards; n transfers in each, so n + 1 segments; c seconds of computation a segment, t of a transfer. Times are whole
-numbers, so that floats are exact.
+Letters: m forwards; n transfers in each, so n + 1 segments; c seconds of computation a segment, t of a transfer. Times
+are whole numbers, so that floats are exact.
 """
 
 from __future__ import annotations
@@ -130,15 +130,15 @@ def test_unequal_forwards(a, b, t, n, larger_first):
 def longest_path(forwards) -> float:
     """The end of the last of all tasks, when a task begins as soon as those that it must follow are over.
 
-    Tasks and who follows whom are written down for forwards of equal numbers of segments: the processor takes segment k of all
-    forwards and then segment k + 1; the link takes transfers in the same order; a segment follows the transfer before it.
+    For forwards of equal numbers of segments: the processor takes segment k of all forwards and then segment k + 1; the
+    link takes transfers in the same order; a segment follows the transfer before it.
     """
     order = [(index, k) for k in range(len(forwards[0])) for index in range(len(forwards))]
     transfers = [place for place in order if forwards[place[0]][place[1]][1] is not None]
     length, before = {}, {}
     for place in order:
-        length["compute", place], length["link", place] = forwards[place[0]][place[1]][0], forwards[place[0]][place[1]][1]
         index, k = place
+        length["compute", place], length["link", place] = forwards[index][k]
         before["compute", place] = [("link", (index, k - 1))] if k else []
         before["link", place] = [("compute", place)]
     for kind, places in (("compute", order), ("link", transfers)):
@@ -164,9 +164,12 @@ def test_any_durations_take_the_longest_path(data):
     assert result.computed_s == sum(computed for pairs in forwards for computed, _ in pairs)
 
 
-@given(st.lists(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=6), min_size=1, max_size=4))
+SECONDS = st.integers(0, 9)
+
+
+@given(st.lists(st.lists(st.tuples(SECONDS, SECONDS), min_size=1, max_size=6), min_size=1, max_size=4))
 def test_the_order_does_not_depend_on_durations(forwards):
-    """Every rank issues the same, however long its own segments take; and a chunk's k-th segment precedes a later chunk's."""
+    """Every rank issues the same, however long its segments take; a chunk's k-th segment precedes a later chunk's."""
     slow, fast = run(forwards), run([[(0, 0) for _ in pairs] for pairs in forwards])
     assert slow.issued == fast.issued
     assert slow.segments == fast.segments
@@ -208,7 +211,7 @@ def test_segments_are_recorded_and_between_comes_before_each_turn():
     assert calls == [0.0, 1.0, 2.0, 7.0, 12.0, 16.0]  # before the wait of the turn
 
 
-# -- a real stage on the fake link ----------------------------------------------------------------------------------------
+# -- a real stage on the fake link -------------------------------------------------------------------------------------
 
 LAYERS, HIDDEN, TOKENS = 3, 32, 24
 CONFIG = {
@@ -245,7 +248,8 @@ def stage_step(bounds, token_s, byte_s) -> tuple[float, FakeCommunicator]:
 
     link = FakeCommunicator(clock, duration, on_issue=computation)
     config = ModelConfig.from_dict(CONFIG)
-    backend = select_backend(attention_query(config, tp=2, block_size=8, dtype=torch.float32, device=CPU), setting="naive")
+    query = attention_query(config, tp=2, block_size=8, dtype=torch.float32, device=CPU)
+    backend = select_backend(query, setting="naive")
     model = model_class(config)(
         config, layers=range(LAYERS), axes=StageAxes(tp=link), backend=backend, dtype=torch.float32, device=CPU
     )
@@ -265,7 +269,7 @@ TRANSFERS = 1 + 2 * LAYERS
 
 @pytest.mark.parametrize("byte_s", [1 / 64, 1 / 256])
 def test_a_real_stage_leaves_its_transfers_pending(byte_s):
-    """Two chunks of one prompt: what a model's layers expose is what the closed form says, with c and t of half the tokens."""
+    """Two chunks of one prompt: what a model's layers expose is the closed form, with c and t of half the tokens."""
     half = TOKENS // 2
     c, t = half * 1.0, half * HIDDEN * 4 * byte_s
     assert (c < t) == (byte_s == 1 / 64)
@@ -282,7 +286,7 @@ def test_a_real_stage_leaves_its_transfers_pending(byte_s):
     assert pairs[::2] == pairs[1::2], "the chunks' transfers alternate"
 
 
-# -- the same with real timers ----------------------------------------------------------------------------------------------
+# -- the same with real timers -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("c", "t"), [(0.02, 0.01), (0.01, 0.02)])

@@ -1,4 +1,4 @@
-"""A simulated replica for the scheduler: pages hold tokens instead of keys and values, so that every read can be checked."""
+"""A simulated replica for the scheduler: pages hold tokens instead of keys and values, so that reads can be checked."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def reference(wanted: Request, max_context: int = 100) -> list[int]:
 
 
 class SimulatedReplica:
-    """One scheduler for each lane, and one more that follows lane 0, fed the same messages; executes their steps at once
-    and returns the tokens `lag` ticks later. Pages are per lane; every rule that a step must keep is checked on the way."""
+    """One scheduler for each lane, and one more that follows lane 0, fed the same messages; executes their steps at
+    once and returns the tokens `lag` ticks later. Pages are per lane; on the way every rule of a step is checked."""
 
     def __init__(self, scheduler_limits: SchedulerLimits) -> None:
         self.limits = scheduler_limits
@@ -116,7 +116,8 @@ class SimulatedReplica:
                 assert self.tick - self.drawn_at.get(sequence_id, -1000) >= self.limits.lag
                 sequence = self.scheduler.sequence(sequence_id)
                 is_decode = context >= sequence.prefill_end
-                assert not is_decode or (batch.query_lens[number] == 1 and batch.samples[number] and sequence.owner == lane)
+                if is_decode:
+                    assert batch.query_lens[number] == 1 and batch.samples[number] and sequence.owner == lane
                 if len(parts) > 1:
                     assert is_decode == (not batch.is_prefill)
 
@@ -133,7 +134,10 @@ class SimulatedReplica:
             assert len(everyone) == len(batch.shared_slots) == len(set(batch.shared_slots.tolist()))
             assert batch.shared_slots.min() >= size, "page 0 is never owned"
             self.pages[lane, batch.shared_slots] = everyone
-            ids = [np.repeat(part.sequence_ids, part.query_lens)[:n] for part, n in zip(parts, batch.shared_lens, strict=True)]
+            ids = [
+                np.repeat(part.sequence_ids, part.query_lens)[:count]
+                for part, count in zip(parts, batch.shared_lens, strict=True)
+            ]
             self.use(lane, batch.shared_slots // size, np.concatenate(ids).astype(np.int64))
             start = sum(batch.shared_lens[:lane])
             np.testing.assert_array_equal(batch.shared_slots[start : start + own_shared], slots[:own_shared])

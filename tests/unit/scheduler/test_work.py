@@ -37,7 +37,8 @@ def test_runs_are_balanced_and_complete(lanes, num_tokens, start):
     assert sorted(positions) == list(range(start, start + num_tokens))
     if num_tokens >= 64:
         costs = [sum(p + 1 for run in mine for p in range(run.start, run.start + run.num_tokens)) for mine in runs]
-        assert np.ptp(costs) <= 1.2 * max(0.1, lanes / num_tokens) * np.mean(costs), "a tenth, or about one token of a lane"
+        tolerance = 1.2 * max(0.1, lanes / num_tokens)  # a tenth, or about one token of a lane
+        assert np.ptp(costs) <= tolerance * np.mean(costs)
 
 
 @given(
@@ -59,12 +60,14 @@ def test_parts_are_complete_ordered_and_equal(lanes, shared, local):
         tokens = [part.tokens_of(lane) for part in parts]
         own = sum(p.num_tokens for p in work.local[lane])
         assert own + sum(p.num_tokens // lanes for p in work.shared) <= sum(tokens)
-        assert sum(tokens) <= own + sum(-(-p.num_tokens // lanes) for p in work.shared), "what its budget was charged with"
+        charged = own + sum(-(-p.num_tokens // lanes) for p in work.shared)
+        assert sum(tokens) <= charged, "more than its budget was charged with"
         if len(parts) == 2 and not work.shared:
             assert tokens[0] - tokens[1] in (0, 1)
     for name in ("shared", *range(lanes)):
         before, after = (
-            [p for part in found for p in (part.shared if name == "shared" else part.local[name])] for found in ((work,), parts)
+            [p for part in found for p in (part.shared if name == "shared" else part.local[name])]
+            for found in ((work,), parts)
         )
         assert len(after) - len(before) in (0, 1), "at most one is cut"
         assert [n for n, _ in tokens_in(before)] == [n for n, _ in tokens_in(after)]
