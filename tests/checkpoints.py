@@ -28,12 +28,14 @@ _FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "qwen3_moe": (
         "Qwen3MoeConfig", "Qwen3MoeForCausalLM",
-        {"moe_intermediate_size": 21, "num_experts": 7, "num_experts_per_tok": 3, "norm_topk_prob": True, "head_dim": 8},
+        {"moe_intermediate_size": 21, "num_experts": 7, "num_experts_per_tok": 3, "norm_topk_prob": True,
+         "head_dim": 8},
     ),
     # Sizes that MXFP4's blocks of 32 divide.
     "gpt_oss": (
         "GptOssConfig", "GptOssForCausalLM",
-        {"intermediate_size": 64, "num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 6},
+        {"intermediate_size": 64, "num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 16,
+         "sliding_window": 6},
     ),
 }
 _COMMON: dict[str, Any] = {
@@ -69,8 +71,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral-window": ("mixtral", {"sliding_window": 7, "num_experts_per_tok": 1}),
     "qwen3-moe": ("qwen3_moe", {"mlp_only_layers": [1]}),
     "qwen3-moe-sparse-step": (
-        "qwen3_moe", {"decoder_sparse_step": 2, "norm_topk_prob": False, "attention_bias": True, "use_sliding_window": True,
-                      "sliding_window": 9, "tie_word_embeddings": True},
+        "qwen3_moe",
+        {"decoder_sparse_step": 2, "norm_topk_prob": False, "attention_bias": True, "use_sliding_window": True,
+         "sliding_window": 9, "tie_word_embeddings": True},
     ),
     "gpt-oss": ("gpt_oss", {"rope_parameters": GPT_OSS_ROPE}),
     "gpt-oss-mxfp4": ("gpt_oss", {"rope_parameters": GPT_OSS_ROPE, "mxfp4": True}),

@@ -147,7 +147,7 @@ def _attend(
     scale: float,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """q [batch, heads, queries, H], k and v [batch, heads or fewer, L, H], `sinks` broadcasts against [heads, queries]."""
+    """q [batch, heads, queries, H], k and v [batch, heads or fewer, L, H]; sinks broadcast against [heads, queries]."""
     if sinks is None:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]

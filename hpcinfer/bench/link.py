@@ -1,8 +1,9 @@
 """A slow network on one machine: two network namespaces, one rank in each, joined by a rate-limited link.
 
 The ends of a veth pair lie in two anonymous namespaces, each held open by a sleeping process that the kernel kills
-with this one: however this process ends, nothing stays behind, and the machine's own network is never touched. `tc tbf`
-limits what leaves each end. It needs root and the programs in PROGRAMS; where that is missing, ranks talk over loopback.
+with this one: however this process ends, nothing stays behind, and the machine's own network is never touched.
+`tc tbf` limits what leaves each end. It needs root and the programs in PROGRAMS; where that is missing, ranks talk over
+loopback.
 
 Both forms make MPICH use TCP and take its ranks for ranks of different nodes; it would share memory otherwise,
 namespaces or not.

@@ -217,7 +217,7 @@ class _Rig:
 
 
 def _kv_bytes(config: ModelConfig, options: OverlapOptions, mine: list[Scenario]) -> int:
-    """Pages for all sequences of the largest run at their full lengths, with room for pages that rest or are not full."""
+    """Pages for all sequences of the largest run at their full lengths, with room for pages not full or resting."""
     tokens = max(
         variant.num_sequences * (scenario.prompt_tokens + scenario.output_tokens + 32)
         for scenario in mine for variant in scenario.variants

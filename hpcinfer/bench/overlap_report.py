@@ -107,8 +107,8 @@ def table(figures: dict) -> str:
     link = figures["link_measured"]
     lines = [
         f"link: {figures['link_used']}",
-        f"  measured {link['bytes_per_s'] / 1e6:.0f} MB/s one way, {link['both_ways_bytes_per_s'] / 1e6:.0f} MB/s each way "
-        f"at once, {link['latency_s'] * 1e6:.0f} us",
+        f"  measured {link['bytes_per_s'] / 1e6:.0f} MB/s one way, {link['both_ways_bytes_per_s'] / 1e6:.0f} MB/s "
+        f"each way at once, {link['latency_s'] * 1e6:.0f} us",
         f"model: Llama-like, hidden {figures['hidden']}, {figures['layers']} layers, {figures['dtype']}, "
         f"{figures['threads_per_rank']} thread(s) a rank; load average {figures['load_average']:.1f} "
         f"to {figures['load_average_end']:.1f}",

@@ -27,6 +27,7 @@ _REPEATS = 3
 _LEAST_GAIN = 0.03
 """The divided step must be shorter by this share: less is within the noise of a measurement."""
 _LEAST_TOKENS = 32
+_LONGEST_S = 0.5
 
 
 def two_batch_tokens(
@@ -44,34 +45,47 @@ def two_batch_tokens(
         return OFF
     if setting != "auto":
         return int(setting)
-    smallest = OFF
     num_tokens = min(limits.max_batch_tokens, limits.num_tokens, limits.max_context)
+    has_transfers = max(model.axes.tp.size, model.axes.ep.size) > 1
+    if num_tokens < _LEAST_TOKENS or not any(control.all_gather(has_transfers)):
+        return OFF
+    num_tokens = min(num_tokens, _affordable(model, kv, control, lane))
+    smallest = OFF
     while num_tokens >= _LEAST_TOKENS and _gains(model, kv, num_tokens, control, lane):
         smallest = num_tokens
         num_tokens //= 2
     return smallest
 
 
-@torch.inference_mode()
+def _affordable(model: StageModel, kv: KvPool, control: HostChannel, lane: int) -> int:
+    """Tokens of a prefill that takes about _LONGEST_S, from the time of a small one: the start must not last for ever."""
+    small = [_microbatch(model, kv, 0, _LEAST_TOKENS)]
+    spent = [_time(model, kv, small, control, lane) for _ in range(2)]  # the first one warms up
+    return int(_LEAST_TOKENS * _LONGEST_S / max(control.all_gather(spent[-1])))
+
+
 def _gains(model: StageModel, kv: KvPool, num_tokens: int, control: HostChannel, lane: int) -> bool:
     """Whether all ranks together are done sooner with a prefill of `num_tokens` when it is divided."""
-    has_transfers = max(model.axes.tp.size, model.axes.ep.size) > 1
-    if not any(control.all_gather(has_transfers)):
-        return False
     whole = [_microbatch(model, kv, 0, num_tokens)]
     half = num_tokens // 2
     halves = [_microbatch(model, kv, 0, half), _microbatch(model, kv, half, num_tokens)]
     spent = {1: [], 2: []}
     for _ in range(_REPEATS + 1):
         for parts in (whole, halves):
-            control.barrier()
-            start_s = time.perf_counter()
-            interleave([_layers(model, kv, part, lane) for part in parts])
-            spent[len(parts)].append(time.perf_counter() - start_s)
+            spent[len(parts)].append(_time(model, kv, parts, control, lane))
     # The slowest rank of each repetition is what a step costs; the first one warms up.
     everyone = np.array(control.all_gather((spent[1][1:], spent[2][1:])))  # [ranks, 2, repeats]
     whole_s, halves_s = everyone.max(axis=0).min(axis=1)
     return bool(halves_s < (1 - _LEAST_GAIN) * whole_s)
+
+
+@torch.inference_mode()
+def _time(model: StageModel, kv: KvPool, parts: list[MicroBatch], control: HostChannel, lane: int) -> float:
+    """Seconds that this rank takes for a step of these parts."""
+    control.barrier()
+    start_s = time.perf_counter()
+    interleave([_layers(model, kv, part, lane) for part in parts])
+    return time.perf_counter() - start_s
 
 
 def _layers(model: StageModel, kv: KvPool, part: MicroBatch, lane: int) -> Segments:

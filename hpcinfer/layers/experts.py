@@ -1,7 +1,7 @@
 """The experts that a rank holds: gated MLPs, computed for the tokens that are sent to them.
 
-Shape letters: T tokens, M (token, expert) pairs that this rank computes, D model, k experts of a token, E experts of the
-model, L of them on this rank, I intermediate size of an expert on this rank.
+Shape letters: T tokens, M (token, expert) pairs that this rank computes, D model, k experts of a token, E experts of
+the model, L of them on this rank, I intermediate size of an expert on this rank.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Experts:
         config: sizes, biases, activation.
         ranks, rank: over how many ranks the experts are spread, and which of them this is; it holds
             part_range(E, ranks, rank), which may be none.
-        slices, slice_rank: over how many ranks each expert's intermediate dim is split, and which part is here. The bias of
-            the down projection is on slice 0 alone, so that the sum over slices has it once.
+        slices, slice_rank: over how many ranks each expert's intermediate dim is split, and which part is here. The
+            bias of the down projection is on slice 0 alone, so that the sum over slices has it once.
         dtype, device: of the weights.
         packed: keep MXFP4 blocks as they are and unpack an expert when tokens are sent to it.
 
@@ -79,7 +79,7 @@ class Experts:
         self.gate_up_bias = zeros(2 * self.size) if config.expert_bias else None
         self.down_bias = zeros(hidden) if config.expert_bias and slice_rank == 0 else None
 
-    # -- loading: `expert` is a number in the whole model, of one that is here -------------------------------------------
+    # -- loading: `expert` is a number in the whole model, of one that is here ---------------------------------------
 
     @property
     def held(self) -> range:
@@ -123,7 +123,7 @@ class Experts:
         check_shape(full, (size, hidden), "expert weight")
         copy_shard(self.gate_up[expert - self.first].narrow(0, offset, self.size), full, 0, *self._columns)
 
-    # -- computing -------------------------------------------------------------------------------------------------------
+    # -- computing ---------------------------------------------------------------------------------------------------
 
     def forward(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The weighted sum of the outputs of the experts that are here, zero for a token that is sent to none of them.

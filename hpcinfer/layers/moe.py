@@ -57,7 +57,7 @@ class MoeMlp:
             slice_rank=tp.rank if is_split else 0, dtype=dtype, device=device, packed=packed,
         )
         self.load = torch.zeros(config.num_experts, dtype=torch.int64, device=device)
-        """int64 [E]: tokens that were sent to each expert since the start. The sum over all ranks counts each token once."""
+        """int64 [E]: tokens sent to each expert since the start. The sum over all ranks counts each token once."""
         self._tp = tp
         self._stream = stream
         self._layer = layer

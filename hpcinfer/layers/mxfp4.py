@@ -32,7 +32,7 @@ _SCALE_VALUES = _scale_values()
 
 
 def unpack(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """blocks uint8 [..., G, 16] and scales uint8 [..., G] -> [..., 32 G], computed in float32 and rounded to `dtype`."""
+    """blocks uint8 [..., G, 16] and scales uint8 [..., G] -> [..., 32 G], made in float32 and rounded to `dtype`."""
     device = blocks.device
     values = _BYTE_VALUES.to(device).index_select(0, blocks.reshape(-1).int())
     values = values.view(*blocks.shape[:-1], BLOCK_VALUES)

@@ -2,8 +2,8 @@
 
 Shape letters: T tokens in a microbatch, D model, N query heads and K key/value heads of the whole model, H head dim,
 I intermediate size, V vocabulary, n ranks of the tensor-parallel axis, S rows whose logits are wanted, E experts, J
-intermediate size of one, m ranks over which whole experts are spread (1: each is split over the n ranks), k experts of a
-token. A size that n does not divide is padded: each rank stores ceil(size / n).
+intermediate size of one, m ranks over which whole experts are spread (1: each is split over the n ranks), k experts of
+a token. A size that n does not divide is padded: each rank stores ceil(size / n).
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def mlp_parameters(config: ModelConfig, tp: int) -> int:
 
 
 def expert_parameters(config: ModelConfig, tp: int, ep: int) -> int:
-    """Numbers that rank 0 stores for a mixture: E (D [+ 1]) for the router; whole experts, ceil(E/m) (3 J D [+ 2J + D]), or,
-    with m = 1, slices of all, E (3 ceil(J/n) D [+ 2 ceil(J/n) + D]).
+    """Numbers that rank 0 stores for a mixture: E (D [+ 1]) for the router; whole experts, ceil(E/m) (3 J D
+    [+ 2J + D]), or, with m = 1, slices of all, E (3 ceil(J/n) D [+ 2 ceil(J/n) + D]).
     """
     hidden, size = config.hidden_size, config.expert_size if ep > 1 else _part(config.expert_size, tp)
     router = config.num_experts * (hidden + config.router_bias)
@@ -57,9 +57,9 @@ def expert_parameters(config: ModelConfig, tp: int, ep: int) -> int:
 
 
 def layer_cost(config: ModelConfig, layer: int, tp: int = 1) -> float:
-    """What a layer costs in a step, in numbers of weights that a lane's token meets on each tp rank when experts are evenly
-    used: attention and router, and k / E of the experts' weights. To compare layers with. Where the experts lie does not
-    matter: with m = lanes * n each rank has fewer experts and the tokens of as many more lanes.
+    """What a layer costs in a step, in numbers of weights that a lane's token meets on each tp rank when experts are
+    evenly used: attention and router, and k / E of the experts' weights. To compare layers with. Where the experts lie
+    does not matter: with m = lanes * n each rank has fewer experts and the tokens of as many more lanes.
     """
     if not config.moe_layers[layer]:
         return float(layer_parameters(config, tp, layer=layer))
@@ -139,9 +139,9 @@ def activation_bytes(
 
 
 def expert_work_bytes(config: ModelConfig, num_tokens: int, tp: int, ep: int, dtype_bytes: int) -> int:
-    """What one rank's experts hold at once, when all tokens of all lanes choose them: for each of min(k, ceil(E/m)) pairs of a
-    token its row, gate, up and product, the output, and that in float32 and weighted; for each token, where tokens travel,
-    the packed and the unpacked row and the output; the float32 sum.
+    """What one rank's experts hold at once, when all tokens of all lanes choose them: for each of min(k, ceil(E/m))
+    pairs of a token its row, gate, up and product, the output, and that in float32 and weighted; for each token, where
+    tokens travel, the packed and the unpacked row and the output; the float32 sum.
     """
     hidden, size = config.hidden_size, config.expert_size if ep > 1 else _part(config.expert_size, tp)
     lanes = max(ep // tp, 1)

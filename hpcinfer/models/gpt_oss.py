@@ -1,7 +1,7 @@
 """gpt-oss (OpenAI 2025): attention with sinks, sliding and full layers in turn, a mixture of experts in each layer.
 
-Its checkpoints keep all experts of a layer in one tensor, with gate and up interleaved: row 2i of the two together is gate's
-row i, row 2i + 1 up's. Plain tensors are [in, out]; MXFP4 ones are [out, in] in blocks of 32 values along `in`.
+Its checkpoints keep all experts of a layer in one tensor, with gate and up interleaved: row 2i of the two together is
+gate's row i, row 2i + 1 up's. Plain tensors are [in, out]; MXFP4 ones are [out, in] in blocks of 32 values along `in`.
 
 Shape letters: D model, E experts, I intermediate size of an expert.
 """

@@ -8,7 +8,7 @@ Two forms behind one verb, with the same numbers up to rounding:
   counts), and each rank's output for it comes back the same way and is added up.
 No token is dropped: there is no capacity.
 
-Shape letters: n tokens of this rank, B rows of the largest rank, R received rows, r ranks, D model, k experts of a token.
+Shape letters: n tokens of this rank, R received rows, D model, k experts of a token.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hpcinfer.parallel.segments import Segments
 from hpcinfer.parallel.tensor import pad_rows
 
 Compute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(x [R, D], experts int64 [R, k], weights float32 [R, k]) -> [R, D]: the weighted sum over the experts of this rank alone.
+"""(x [R, D], experts int64 [R, k], weights float32 [R, k]) -> [R, D]: the weighted sum over this rank's experts.
 A negative expert is nobody."""
 
 NOBODY = -1

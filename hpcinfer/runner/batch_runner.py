@@ -129,7 +129,11 @@ def _generate(
             plan, groups, clock=clock, recorder=recorder,
             load=lambda stage: together(world, lambda: load_stage(stage, checkpoint), deadline_s=_NO_DEADLINE),
         )
-    log.info("loaded in %.1f s; rows are written to %s", clock.seconds["load"], run.path)
+    divided = replica.scheduler.limits.two_batch_tokens
+    log.info(
+        "loaded in %.1f s; two-batch overlap %s; rows are written to %s", clock.seconds["load"],
+        f"from {divided} tokens on" if divided else "off", run.path,
+    )
     start_s = time.monotonic()
     result = _RankResult(phase_seconds=clock.seconds)
     if replica.is_leader:

@@ -93,21 +93,23 @@ def operations(stage: Stage, part: Part) -> list[Expected]:
 def tensor_parallel(stage: Stage, part: Part) -> list[Expected]:
     """2 reductions a layer, 1 for the embedding, 1 gather of logits; a mixture whose tokens travel has another second half."""
     row_bytes = stage.hidden * stage.number_bytes
-    dense = stage.layers if not stage.ep_spans_lanes else stage.layers - stage.mixtures
-    plain = dense if stage.ep_spans_lanes else stage.layers - stage.mixtures
-    reductions = [("embedding", int(stage.is_first)), ("o", stage.layers), ("down", plain), ("experts", dense - plain)]
+    travelling = stage.mixtures if stage.ep_spans_lanes else 0
+    reductions = [
+        ("embedding", int(stage.is_first)), ("o", stage.layers), ("down", stage.layers - stage.mixtures),
+        ("experts", stage.mixtures - travelling),
+    ]
     share = ceil(part.tokens, stage.tp)
     logits_bytes = part.draws * ceil(stage.vocab, stage.tp) * stage.number_bytes
     logits = Expected("tp", "all_gather", "logits", int(stage.is_last and part.draws > 0), logits_bytes)
     if stage.sequence_form:
-        gathers = [("qkv gather", stage.layers), ("mlp gather", dense), ("head gather", int(stage.is_last))]
+        gathers = [("qkv gather", stage.layers), ("mlp gather", stage.layers - travelling), ("head gather", int(stage.is_last))]
         return [
             *(Expected("tp", "reduce_scatter", what, n, share * stage.tp * row_bytes) for what, n in reductions),
             *(Expected("tp", "all_gather", what, n, share * row_bytes) for what, n in gathers), logits,
         ]
     return [
         *(Expected("tp", "all_reduce", what, n, part.tokens * row_bytes) for what, n in reductions),
-        Expected("tp", "all_gather", "shares", stage.layers - dense, share * row_bytes), logits,
+        Expected("tp", "all_gather", "shares", travelling, share * row_bytes), logits,
     ]
 
 

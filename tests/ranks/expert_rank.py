@@ -14,7 +14,7 @@ from tests.unit.parallel.expert_cases import CASES, Tokens
 
 
 def check_case(world: World, name: str) -> int:
-    """Every form and dtype of a case on the first ranks of the world. Collective. Returns the forwards that were run."""
+    """Every form and dtype of a case on the first ranks of the world. Collective. Returns the forwards run."""
     size = len(CASES[name]["rows"])
     members = list(range(size)) if world.rank < size else None
     ep = split(world, members, f"ep {name}", torch.device("cpu"))

@@ -38,8 +38,9 @@ def token_before_next_step(ranks: Sequence[RankRecords]) -> int:
     lanes = lane_ranks(ranks)
     last: dict[int, tuple[int, float, int]] = {}  # sequence -> tick of its last draw, when the token was there, the token
     num_checked = 0
+    begins = _begins(ranks)
     for tick in sorted(lanes[0].steps):
-        begin_s = _begin_s(ranks, tick)
+        begin_s = begins[tick]
         for lane in lanes.values():
             for part in lane.steps[tick].parts:
                 for sequence, token in _last_inputs(part):
@@ -149,16 +150,17 @@ RULES: dict[str, Callable[[Sequence[RankRecords]], int]] = {
 # -- tokens ----------------------------------------------------------------------------------------------------------------
 
 
-def _begin_s(ranks: Iterable[RankRecords], tick: int) -> float:
-    """When the first rank began to compute the tick."""
-    begins = []
+def _begins(ranks: Iterable[RankRecords]) -> dict[int, float]:
+    """Tick -> when the first rank began to compute it."""
+    begins: dict[int, float] = {}
     for rank in ranks:
-        segments = [r.start_s for r in rank.records if r.kind == COMPUTE and r.tick == tick and r.name != "sample"]
-        # A segment is counted from the end of the wait before it, which for the first may be the wait for the message.
-        executes = [r.start_s for r in rank.records if r.kind == TICK and r.name == "execute" and r.tick == tick]
-        if segments:
-            begins.append(max(min(segments), min(executes)))
-    return min(begins)
+        executes = {r.tick: r.start_s for r in rank.records if r.kind == TICK and r.name == "execute"}
+        for record in rank.records:
+            if record.kind == COMPUTE and record.name != "sample":
+                # A segment is counted from the end of the wait before it, for the first one the wait for the message.
+                begin_s = max(record.start_s, executes[record.tick])
+                begins[record.tick] = min(begins.get(record.tick, begin_s), begin_s)
+    return begins
 
 
 def _draw(ranks: Iterable[RankRecords], tick: int, lane: int) -> tuple[float, list[int]]:

@@ -57,8 +57,8 @@ def test_qwen3_moe():
     assert (config.num_experts, config.experts_per_token, config.expert_size) == (128, 8, 768)
     assert (config.intermediate_size, config.head_dim, config.qk_norm) == (6144, 128, True)
     assert config.router == "softmax_topk" and config.normalize_topk and all(config.moe_layers)
-    mixed = {**QWEN3_30B_A3B, "num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3], "norm_topk_prob": False}
-    config = ModelConfig.from_dict(mixed)
+    mixed = {"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3], "norm_topk_prob": False}
+    config = ModelConfig.from_dict({**QWEN3_30B_A3B, **mixed})
     assert config.moe_layers == (False, True, False, False, False, True) and not config.normalize_topk
     windows = {**QWEN3_30B_A3B, "use_sliding_window": True, "sliding_window": 512}
     assert ModelConfig.from_dict(windows).sliding_window == (512,) * 48
@@ -75,7 +75,8 @@ def test_gpt_oss():
     rope = config.rope
     assert (rope.type, rope.theta, rope.factor, rope.truncate) == ("yarn", 150000.0, 32.0, False)
     assert rope.attention_factor == pytest.approx(0.1 * math.log(32) + 1)
-    plain = {key: value for key, value in GPT_OSS_20B.items() if key not in ("quantization_config", "layer_types", "rope_scaling")}
+    implied = ("quantization_config", "layer_types", "rope_scaling")
+    plain = {key: value for key, value in GPT_OSS_20B.items() if key not in implied}
     assert ModelConfig.from_dict(plain).expert_format == ""
     assert ModelConfig.from_dict(plain) == ModelConfig.from_dict({**GPT_OSS_20B, "quantization_config": None})
 
@@ -85,12 +86,12 @@ def test_missing_keys_mean_what_they_mean_to_transformers(name):
     import transformers
 
     raw = PUBLISHED[name]
-    needed = ("architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    bare = {key: raw[key] for key in needed}
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    bare = {key: raw[key] for key in ("architectures", *needed)}
     theirs = getattr(transformers, raw["architectures"][0].replace("ForCausalLM", "Config"))(**bare).to_dict()
     wanted = ModelConfig.from_dict({**theirs, "architectures": raw["architectures"], "quantization_config": None})
-    ours = ModelConfig.from_dict({**bare, "bos_token_id": theirs["bos_token_id"], "eos_token_id": theirs["eos_token_id"]})
-    assert ours == wanted
+    special = {key: theirs[key] for key in ("bos_token_id", "eos_token_id")}
+    assert ModelConfig.from_dict({**bare, **special}) == wanted
 
 
 @pytest.mark.parametrize(

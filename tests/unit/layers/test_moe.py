@@ -28,11 +28,15 @@ CONFIG = ModelConfig(
     normalize_topk=True,
 )
 CLAMPED = dataclasses.replace(
-    CONFIG, router="topk_softmax", router_bias=True, expert_bias=True, swiglu_limit=0.7, num_experts=3, experts_per_token=2
+    CONFIG, router="topk_softmax", router_bias=True, expert_bias=True, swiglu_limit=0.7, num_experts=3,
+    experts_per_token=2,
 )
 CONFIGS = {"silu": CONFIG, "clamped with biases": CLAMPED}
 # lanes, tp, ep
-PLACES = [(1, 1, 1), (1, 3, 1), (1, 4, 4), (1, 2, 2), (2, 2, 2), (2, 2, 1), (2, 1, 2), (3, 1, 3), (2, 2, 4), (2, 3, 6), (4, 1, 4)]
+PLACES = [
+    (1, 1, 1), (1, 3, 1), (1, 4, 4), (1, 2, 2), (2, 2, 2), (2, 2, 1), (2, 1, 2), (3, 1, 3), (2, 2, 4), (2, 3, 6),
+    (4, 1, 4),
+]
 # With the forms that differ there: prefill or not where tokens travel, sequence form or not with several tp ranks.
 CASES = [
     (*place, is_prefill, sequence_form)
@@ -194,7 +198,9 @@ def test_all_tokens_to_one_expert(lanes, tp, ep, is_prefill):
     assert grid.load().tolist() == [0, 0, 0, sum(map(len, x)), 0]
 
 
-@pytest.mark.parametrize(("is_prefill", "verbs"), [(False, ["all_gather", "reduce_scatter"]), (True, ["all_to_all"] * 3)])
+@pytest.mark.parametrize(
+    ("is_prefill", "verbs"), [(False, ["all_gather", "reduce_scatter"]), (True, ["all_to_all"] * 3)]
+)
 def test_the_transfers_do_not_depend_on_who_has_tokens(is_prefill, verbs):
     for counts in TOKENS.values():
         log: list = []

@@ -34,27 +34,31 @@ CONFIGS = {
         expert_bias=True, swiglu_limit=7.0, attention_sinks=True, qkv_bias=True, o_bias=True, expert_format="mxfp4",
     ),
 }
+OWNERS = ("hpcinfer.layers", "hpcinfer.models")
 # tp, lanes, ep
 PLACES = [(1, 1, 1), (2, 1, 1), (4, 1, 1), (2, 1, 2), (4, 1, 4), (1, 2, 2), (2, 2, 4), (2, 3, 6), (2, 2, 1), (2, 2, 2)]
 
 
-def make(config: ModelConfig, layers: range, *, tp: int = 1, lanes: int = 1, ep: int = 1, rank: int = 0, **more) -> StageModel:
+def make(
+    config: ModelConfig, layers: range, *, tp: int = 1, lanes: int = 1, ep: int = 1, rank: int = 0, **more
+) -> StageModel:
     """The stage of tp rank `rank` of lane 0."""
     comm = LockstepCommunicator(rank, tp) if tp > 1 else LocalCommunicator("tp")
     spread = {1: LocalCommunicator("ep"), tp: comm}.get(ep) or LockstepCommunicator(rank, tp * lanes, "ep")
+    axes = StageAxes(tp=comm, ep=spread)
     return model_class(config)(
-        config, layers=layers, axes=StageAxes(tp=comm, ep=spread), backend=SdpaBackend(), dtype=torch.bfloat16, device=CPU,
-        **more,
+        config, layers=layers, axes=axes, backend=SdpaBackend(), dtype=torch.bfloat16, device=CPU, **more
     )
 
 
 def stored(thing: object, seen: dict[int, int]) -> int:
     """Bytes of all weights that an object of the package holds, each storage once."""
-    values = thing if isinstance(thing, (list, tuple)) else thing.values() if isinstance(thing, dict) else vars(thing).values()
-    for value in values:
+    if not isinstance(thing, (list, tuple)):
+        thing = (thing if isinstance(thing, dict) else vars(thing)).values()
+    for value in thing:
         if isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.uint8):
             seen[value.data_ptr()] = value.nbytes
-        elif isinstance(value, (list, tuple, dict)) or type(value).__module__.startswith(("hpcinfer.layers", "hpcinfer.models")):
+        elif isinstance(value, (list, tuple, dict)) or type(value).__module__.startswith(OWNERS):
             stored(value, seen)
     return sum(seen.values())
 
@@ -109,7 +113,8 @@ def test_expert_work_is_what_the_experts_hold():
             result = func(*args, **(kwargs or {}))
             if isinstance(result, torch.Tensor) and result.dtype != torch.int64:
                 alive.append(weakref.ref(result))
-            storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for r in alive if (t := r()) is not None}
+            living = [t.untyped_storage() for r in alive if (t := r()) is not None]
+            storages = {storage.data_ptr(): storage.nbytes() for storage in living}
             peak = max(peak, sum(storages.get(pointer, 0) for pointer in storages.keys() - held))
             return result
 
