@@ -17,7 +17,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from hpcinfer.errors import LaunchError
 from hpcinfer.launch.process import die_with_parent
@@ -59,19 +59,15 @@ def rate_limited_link(rate_bits_per_s: float) -> Iterator[Link]:
         raise _unavailable(reason)
     holders: list[subprocess.Popen] = []
     try:
-        for _ in range(NUM_RANKS):
-            holders.append(_hold_namespace())
-        for holder in holders:
-            _wait_until(lambda holder=holder: _has_own_namespace(holder), "a new network namespace")
-        _join(holders, rate_bits_per_s)
+        try:
+            _make(holders, rate_bits_per_s)
+        except (OSError, subprocess.SubprocessError) as cause:
+            raise _unavailable((getattr(cause, "stderr", "") or str(cause)).strip()) from cause
         yield Link(
             description=f"rate-limited {rate_bits_per_s / 1e9:g} Gbit/s veth between two network namespaces",
             prefixes=tuple(_enter(holder) for holder in holders),
             environment={**_TCP_ENVIRONMENT, "UCX_NET_DEVICES": _DEVICE},
         )
-    except (OSError, subprocess.SubprocessError) as cause:
-        said = (getattr(cause, "stderr", "") or str(cause)).strip()
-        raise _unavailable(said) from cause
     finally:
         for holder in holders:
             holder.kill()
@@ -122,7 +118,9 @@ def run_on_link(link: Link, argv: Sequence[str]) -> int:
     for rank, prefix in enumerate(link.prefixes):
         line += [":"] if rank else []
         line += ["-n", "1", *prefix, *rank_program(argv)]
-    process = subprocess.Popen(line, env={**command.env, **link.environment}, preexec_fn=die_with_parent)
+    process = subprocess.Popen(
+        line, env={**command.env, **link.environment}, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent
+    )
     try:
         return process.wait()
     except BaseException:
@@ -136,6 +134,15 @@ def _unavailable(reason: str) -> LaunchError:
         "network namespaces cannot be made here", found=reason,
         fix="run as root with iproute2 and util-linux installed, or use --link loopback",
     )
+
+
+def _make(holders: list[subprocess.Popen], rate_bits_per_s: float) -> None:
+    """Add the holders of two namespaces to `holders` and join them. Raises OSError or SubprocessError."""
+    for _ in range(NUM_RANKS):
+        holders.append(_hold_namespace())
+    for holder in holders:
+        _wait_until(lambda holder=holder: _has_own_namespace(holder), "a new network namespace")
+    _join(holders, rate_bits_per_s)
 
 
 def _hold_namespace() -> subprocess.Popen:
@@ -184,7 +191,7 @@ def _inside(holder: subprocess.Popen, *command: str) -> str:
     return subprocess.run(line, check=True, capture_output=True, text=True, timeout=_START_S).stdout
 
 
-def _wait_until(condition, what: str) -> None:
+def _wait_until(condition: Callable[[], bool], what: str) -> None:
     end = time.monotonic() + _START_S
     while not condition():
         if time.monotonic() > end:

@@ -77,16 +77,18 @@ def run_overlap(options: OverlapOptions, world: World, *, link: str) -> dict | N
                 run = rigs[scenario.layout].run(scenario, variant, is_last=repeat == options.repeats)
                 if repeat and run is not None:
                     runs.setdefault((scenario.name, variant.name), []).append(run)
+        if repeat and world.rank == 0:  # a run that is cut short leaves what it has
+            figures["repetitions"], figures["load_average_end"] = repeat, os.getloadavg()[0]
+            report(figures, asked, runs)
+            _keep(figures, options.out)
     for rig in rigs.values():
         rig.close()
-    if world.rank != 0:
-        return None
-    figures["load_average_end"] = os.getloadavg()[0]
-    report(figures, asked, runs)
-    if options.out:
-        with open(options.out, "w", encoding="utf-8") as file:
-            file.write(json.dumps(figures, indent=1) + "\n")
-    return figures
+    return figures if world.rank == 0 else None
+
+
+def _keep(figures: dict, out: str) -> None:
+    if out:
+        Path(out).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 def measure_link(link: Communicator) -> dict[str, float]:
@@ -232,7 +234,7 @@ def _counters(groups: ReplicaGroups) -> dict[str, dict[str, float]]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _Tick:
+class Tick:
     """The leader's state after a tick."""
 
     now_s: float
@@ -250,7 +252,7 @@ def _lead(replica: Replica, groups: ReplicaGroups, requests: list[Request], *, p
     while not replica.is_idle:
         ended += replica.step([])
         ticks.append(_tick(replica, groups))
-    first, last = (0, len(ticks) - 1) if prefill else _steady(ticks, replica.scheduler.limits.lag)
+    first, last = (0, len(ticks) - 1) if prefill else steady(ticks, replica.scheduler.limits.lag)
     start, end = ticks[first], ticks[last]
     tokens = end.prefill_tokens - start.prefill_tokens if prefill else end.decode_tokens - start.decode_tokens
     rows = sorted(ended, key=lambda sequence: sequence.request.row)
@@ -263,15 +265,15 @@ def _lead(replica: Replica, groups: ReplicaGroups, requests: list[Request], *, p
     }
 
 
-def _tick(replica: Replica, groups: ReplicaGroups) -> _Tick:
+def _tick(replica: Replica, groups: ReplicaGroups) -> Tick:
     counters = replica.scheduler.counters
-    return _Tick(
+    return Tick(
         now_s=time.perf_counter(), waited_s=groups.wait_s(), prefill_tokens=counters.prefill_tokens,
         decode_tokens=counters.decode_tokens, divided_steps=counters.divided_steps,
     )
 
 
-def _steady(ticks: list[_Tick], lag: int) -> tuple[int, int]:
+def steady(ticks: list[Tick], lag: int) -> tuple[int, int]:
     """The ticks between which all sequences decode and the pipeline is full.
 
     The leader is held back by the results of tick n - lag, so its clock tells the pace of the whole pipeline.

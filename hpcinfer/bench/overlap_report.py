@@ -45,6 +45,7 @@ def _medians(runs: list[dict]) -> dict:
         "leader_waited_share": statistics.median(run["leader_waited_s"] / run["seconds"] for run in runs),
         "divided_steps": runs[0]["divided_steps"],
         "max_in_flight": counters["max_in_flight"],
+        "counters": counters,
         "cpu_s": [statistics.median(run["ranks"][rank]["cpu_s"] for run in runs) for rank in ranks],
         "communicators": [
             {

@@ -66,8 +66,9 @@ def _text(report) -> str:
         ("replica", "stage", "window s", "bubble"),
         [(stage.replica, stage.stage, f"{stage.window_s:.3f}", f"{stage.bubble:.1%}") for stage in report.stages],
     )]
-    dropped = sum(rank.dropped for rank in report.ranks)
-    return "\n".join(lines + ([f"{dropped:,} records were too many to keep: the oldest are missing"] if dropped else []))
+    if any(rank.dropped for rank in report.ranks):
+        lines += ["", "there were more records than are kept: the oldest are missing"]
+    return "\n".join(lines)
 
 
 def _share(seconds: float, rank) -> str:

@@ -277,6 +277,6 @@ class ProgressEngine:
 def _others(operation: Operation) -> str:
     """With whom: by the number in the communicator, and by that in the world, which says where to look."""
     world_ranks = operation.queue.world_ranks
-    if operation.peer is None:
+    if operation.peer is None or operation.peer == operation.queue.rank:  # the root itself waits for all others
         return f"all ranks (world ranks {', '.join(map(str, world_ranks))})" if world_ranks else "all ranks"
     return f"peer {operation.peer}" + (f" (world rank {world_ranks[operation.peer]})" if world_ranks else "")

@@ -12,6 +12,7 @@ from hpcinfer.errors import ConfigError
 from hpcinfer.request import SamplingParams
 from hpcinfer.units import parse_bytes
 
+EXPERT_FORMS = ("unpacked", "packed")
 MODEL_DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
@@ -23,10 +24,15 @@ class ModelSection:
     """A Hugging Face folder: config.json, safetensors, tokenizer.json. Relative paths start at the working directory."""
     dtype: str = "auto"
     """float32, bfloat16, float16, or auto: what the checkpoint was saved in. Default auto."""
+    experts: str = "unpacked"
+    """Experts of MXFP4 checkpoints in memory: unpacked (to dtype, at the start) or packed (4.25 bits a number, an expert is unpacked
+    whenever tokens are sent to it: slower, for models that would not fit). Default unpacked."""
 
     def __post_init__(self) -> None:
         if self.dtype not in MODEL_DTYPES:
             raise ConfigError(f"model.dtype = {self.dtype!r}", fix=f"give one of {', '.join(MODEL_DTYPES)}")
+        if self.experts not in EXPERT_FORMS:
+            raise ConfigError(f"model.experts = {self.experts!r}", fix=f"give one of {', '.join(EXPERT_FORMS)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

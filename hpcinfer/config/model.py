@@ -95,6 +95,8 @@ class ModelConfig:
     """One entry a layer: whether it is a mixture. Empty: all are with num_experts > 0, none otherwise."""
     expert_format: str = ""
     """How checkpoints store the experts: plain tensors, or mxfp4 (packed blocks and scales)."""
+    packed_experts: bool = False
+    """Keep MXFP4 experts packed in memory and unpack one when tokens are sent to it (`model.experts` of a job)."""
 
     def __post_init__(self) -> None:
         if not self.sliding_window:

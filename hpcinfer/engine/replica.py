@@ -91,8 +91,8 @@ class Replica:
         """Other ranks: take part in every tick until the leader stops.
 
         Args:
-            silence_s: how long the leader may send nothing before it counts as stuck. Its first message may take any time:
-                before it, all that earlier lives of the run have written may have to be read.
+            silence_s: how long the leader may send nothing before it counts as stuck. Its first message may take any
+                time: before it, all that earlier lives of the run have written may have to be read.
 
         Raises:
             CommunicationError: the leader was silent for longer, or another transfer was over its deadline.
@@ -104,7 +104,7 @@ class Replica:
         self._part()
 
     def _part(self) -> None:
-        """The end, on every rank: they part together, so that one which is stuck is missed here, by a wait with a deadline."""
+        """The end, on every rank. They part together: one that is stuck is missed here, by a wait that has a deadline."""
         self._worker.drain()
         self._control.barrier()
         self._mark.set()
@@ -145,8 +145,8 @@ class Replica:
         return ended, planned
 
     def _expect(self, tick: int, silence_s: float) -> Expected:
-        """Take part in the broadcast of a tick's message. A leader may read, tokenise and commit between ticks, so that this
-        has a deadline of its own."""
+        """Take part in the broadcast of a tick's message. It has a deadline of its own: between ticks a leader may read,
+        tokenise and commit."""
         self._mark.set(tick)
         return self._control.expect(root=LEADER, deadline_s=silence_s)
 

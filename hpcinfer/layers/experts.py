@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from hpcinfer.config.model import ModelConfig
-from hpcinfer.errors import CheckpointError, ConfigError
+from hpcinfer.errors import ConfigError
 from hpcinfer.layers.mlp import ACTIVATIONS
 from hpcinfer.layers.mxfp4 import BLOCK_BYTES, BLOCK_VALUES, unpack
 from hpcinfer.layers.shard import check_shape, copy_shard, part_range, part_size
@@ -30,10 +30,9 @@ class Experts:
         slices, slice_rank: over how many ranks each expert's intermediate dim is split, and which part is here. The
             bias of the down projection is on slice 0 alone, so that the sum over slices has it once.
         dtype, device: of the weights.
-        packed: keep MXFP4 blocks as they are and unpack an expert when tokens are sent to it.
 
     Raises:
-        ConfigError: packed, and slices or a checkpoint without packed experts.
+        ConfigError: experts are to stay packed, and are split or not packed in the checkpoint.
     """
 
     def __init__(
@@ -46,7 +45,6 @@ class Experts:
         slice_rank: int,
         dtype: torch.dtype,
         device: torch.device,
-        packed: bool = False,
     ) -> None:
         self.first, end = part_range(config.num_experts, ranks, rank)
         self.num_local = end - self.first
@@ -65,8 +63,8 @@ class Experts:
 
         hidden = config.hidden_size
         self.gate_up = self.down = self.packed = None
-        if packed:
-            _check_packed(config, slices)
+        if config.packed_experts:
+            check_packed(config, slices)
             self.packed = {
                 "gate_up": _packed_zeros(zeros, 2 * self.size, hidden), "down": _packed_zeros(zeros, hidden, self.size)
             }
@@ -202,15 +200,16 @@ def _packed_zeros(zeros: Callable[..., torch.Tensor], rows: int, columns: int) -
     return zeros(rows, groups, BLOCK_BYTES, of=torch.uint8), zeros(rows, groups, of=torch.uint8)
 
 
-def _check_packed(config: ModelConfig, slices: int) -> None:
+def check_packed(config: ModelConfig, slices: int) -> None:
+    """Raise ConfigError unless experts of which each is split over `slices` ranks can stay packed."""
     if config.expert_format != "mxfp4":
-        raise CheckpointError(
-            "experts cannot be kept packed", found=f"{config.family} with plain expert weights",
-            fix="use a checkpoint with MXFP4 experts, or keep them unpacked",
+        raise ConfigError(
+            'model.experts = "packed"', found=f"{config.family} with plain expert weights",
+            fix='use a checkpoint with MXFP4 experts, or model.experts = "unpacked"',
         )
     if slices > 1:
         raise ConfigError(
-            "experts cannot be kept packed where each is split over ranks",
+            'model.experts = "packed" where each expert is split over ranks',
             found=f"tp = {slices} with ep = 1: a block of 32 values would be cut",
-            fix=f"use ep = {slices} or tp = 1, or keep experts unpacked",
+            fix=f'set parallel.ep = {slices} or parallel.tp = 1, or model.experts = "unpacked"',
         )

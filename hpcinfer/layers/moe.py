@@ -34,7 +34,6 @@ class MoeMlp:
         axes, stream: of the stage.
         dtype, device: of the weights.
         rounded_weights: the router's weights are rounded to `dtype` before they multiply outputs.
-        packed: see `Experts`.
     """
 
     def __init__(
@@ -47,14 +46,13 @@ class MoeMlp:
         dtype: torch.dtype,
         device: torch.device,
         rounded_weights: bool = True,
-        packed: bool = False,
     ) -> None:
         tp, ep = axes.tp, axes.ep
         self.router = Router(config, rounded=rounded_weights, dtype=dtype, device=device)
         is_split = ep.size == 1
         self.experts = Experts(
             config, ranks=ep.size, rank=ep.rank, slices=tp.size if is_split else 1,
-            slice_rank=tp.rank if is_split else 0, dtype=dtype, device=device, packed=packed,
+            slice_rank=tp.rank if is_split else 0, dtype=dtype, device=device,
         )
         self.load = torch.zeros(config.num_experts, dtype=torch.int64, device=device)
         """int64 [E]: tokens sent to each expert since the start. The sum over all ranks counts each token once."""

@@ -95,15 +95,14 @@ def stage_parameters(config: ModelConfig, layers: range, tp: int = 1, ep: int = 
 
 
 def weight_bytes(
-    config: ModelConfig, layers: range, tp: int, dtype_bytes: int, *, ep: int = 1, packed_experts: bool = False
+    config: ModelConfig, layers: range, tp: int, dtype_bytes: int, *, ep: int = 1
 ) -> int:
     """Bytes of weights on rank 0 of a stage, which holds at least as much as the stage's other ranks.
 
-    Args:
-        packed_experts: expert matrices stay in MXFP4: 17 bytes for 32 numbers.
+    Experts that stay packed in MXFP4 take 17 bytes for 32 numbers.
     """
     total = stage_parameters(config, layers, tp, ep) * dtype_bytes
-    if packed_experts:
+    if config.packed_experts:
         mixtures = sum(config.moe_layers[layer] for layer in layers)
         numbers = mixtures * _part(config.num_experts, ep) * 3 * config.expert_size * config.hidden_size
         total -= numbers * dtype_bytes - numbers * 17 // 32

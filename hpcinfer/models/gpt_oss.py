@@ -24,23 +24,14 @@ from hpcinfer.models.llama import LlamaStage, linear_shapes
 
 
 class GptOssStage(LlamaStage):
-    """A stage of a gpt-oss model. Arguments as of StageModel, and:
-
-    Args:
-        packed_experts: keep MXFP4 experts packed in memory and unpack one when tokens are sent to it.
-    """
-
-    def __init__(self, config: ModelConfig, *, packed_experts: bool = False, **kwargs) -> None:
-        self._packed_experts = packed_experts
-        super().__init__(config, **kwargs)
+    """A stage of a gpt-oss model. Arguments as of StageModel."""
 
     def make_norm(self) -> WideRmsNorm:
         return WideRmsNorm(self.config.hidden_size, eps=self.config.rms_norm_eps, dtype=self.dtype, device=self.device)
 
     def make_mlp(self, layer: int) -> MoeMlp:
         return MoeMlp(
-            self.config, layer, axes=self.axes, stream=self.stream, dtype=self.dtype, device=self.device,
-            packed=self._packed_experts,
+            self.config, layer, axes=self.axes, stream=self.stream, dtype=self.dtype, device=self.device
         )
 
     def layer_weights(self, layer: DecoderLayer) -> dict[str, WeightLoader]:

@@ -45,8 +45,8 @@ class RankTime:
     """Not recorded."""
     steps: int
     """Ticks in which this rank computed."""
-    dropped: int
-    """Records that were too many to keep; wall begins after them."""
+    dropped: bool
+    """There were too many records to keep; wall begins where those that are left do."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

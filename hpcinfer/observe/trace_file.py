@@ -9,7 +9,7 @@ header is a JSON object:
     start_s, end_s                   time.perf_counter at the first and last moment of the trace
     start_unix_s, end_unix_s         the same moments on the host's wall clock
     clock                            this rank's clock minus rank 0's: a list of {at_s, offset_s, error_s}
-    dropped                          records that were too many to keep
+    dropped                          true where there were too many records: the oldest are missing
     complete                         false where the rank ended with an error
     versions                         of hpcinfer, Python and numpy
 """
@@ -78,17 +78,15 @@ class Trace:
 
 
 def save_trace(folder: Path, recorder: Recorder, header: Mapping[str, Any]) -> Path:
-    """Write a rank's records, whole or not at all. `header`: see the module; format, version and dropped are added here.
+    """Write a rank's records, whole or not at all. `header`: see the module; format, version, dropped are added here.
 
     Raises OSError.
     """
-    records = sorted(recorder.records, key=lambda record: record[3])
-    defaults = tuple(Record(0, "", "", 0.0, 0.0))
-    full = [record + defaults[len(record) :] for record in records]
-    values = dict(zip(Record._fields, zip(*full, strict=True) if full else ((),) * len(defaults), strict=True))
+    rows = recorder.rows()
+    values = dict(zip(Record._fields, zip(*rows, strict=True) if rows else ((),) * len(Record._fields), strict=True))
     table: dict[str, int] = {}
     columns = {name: _column(name, column, table) for name, column in values.items()}
-    facts = {**header, "format": FORMAT, "version": VERSION, "dropped": recorder.num_added - len(records)}
+    facts = {**header, "format": FORMAT, "version": VERSION, "dropped": recorder.is_full}
     image = io.BytesIO()
     np.savez_compressed(image, header=_bytes(facts), texts=_bytes(list(table)), **columns)
     folder.mkdir(parents=True, exist_ok=True)

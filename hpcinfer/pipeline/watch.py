@@ -49,11 +49,10 @@ class SegmentWatch:
             return None
 
         def ended(index: int, label: str, start_s: float, end_s: float) -> None:
-            part = parts[index]
             if nvtx is not None:
                 nvtx.mark(label or END)
                 nvtx.range_pop()
             if recorder is not None:
-                recorder.segment(label or END, start_s, end_s, part.tick, part.part)
+                recorder.segment(label or END, start_s, end_s, parts[index].tick, parts[index].part)
 
         return ended

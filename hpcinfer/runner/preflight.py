@@ -18,6 +18,7 @@ from hpcinfer.data.ledger.run_directory import RunIdentity, create_or_open
 from hpcinfer.data.tokenize import Tokenizer
 from hpcinfer.engine.build import ReplicaPlan
 from hpcinfer.engine.memory import context_limit
+from hpcinfer.layers.experts import check_packed
 from hpcinfer.launch.env import LaunchEnvironment
 from hpcinfer.models.registry import model_class
 from hpcinfer.models.weights import Checkpoint, check_tensors
@@ -41,8 +42,12 @@ class CheckedJob:
 def check_job(job: JobConfig, world_size: int, environment: LaunchEnvironment) -> CheckedJob:
     """Check layout, model folder and prompts against each other. Raises HpcinferError on any misfit."""
     parallel = job.parallel
-    model = ModelConfig.from_folder(job.model.path)
+    model = dataclasses.replace(
+        ModelConfig.from_folder(job.model.path), packed_experts=job.model.experts == "packed"
+    )
     check_layout(model, parallel)
+    if model.packed_experts:
+        check_packed(model, parallel.tp if parallel.ep == 1 else 1)
     mesh = Mesh.of(
         world_size, pp=parallel.pp, sp=parallel.sp, tp=parallel.tp, ep=parallel.ep, dp=parallel.dp or None
     )

@@ -1,4 +1,4 @@
-"""A rank of `hpcinfer ...` in whose layers a fault can be set off: rank VICTIM raises in its next layer once TRIGGER exists.
+"""A rank of `hpcinfer ...` with a fault that can be set off: rank VICTIM raises in its next layer once TRIGGER exists.
 
 usage: form_rank.py VICTIM TRIGGER run JOB.toml --set ...
 """

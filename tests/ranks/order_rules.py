@@ -225,8 +225,8 @@ def _of(ranks: Iterable[RankRecords], members: Iterable[int]) -> list[RankRecord
 
 def _identity(record: Record) -> tuple:
     """What must agree on all ranks. Rows of an all-to-all are each rank's own."""
-    shape = record.shape[1:] if record.verb == "all_to_all" else record.shape
-    return (record.tick, record.part, record.verb, record.name, record.dtype, shape)
+    size = record.shape[1:] if record.verb == "all_to_all" else (*record.shape, record.bytes)
+    return (record.tick, record.part, record.verb, record.name, record.dtype, size)
 
 
 def _name(record: Record) -> str:

@@ -32,14 +32,14 @@ from hpcinfer.launch.report import Place, run_as_rank
 from hpcinfer.models.footprint import kv_bytes_per_token
 from hpcinfer.models.weights import Checkpoint, load_stage
 from hpcinfer.observe.metrics import PhaseClock
-from hpcinfer.observe.trace import Record, Recorder
+from hpcinfer.observe.trace import Recorder
 from hpcinfer.parallel.groups import ReplicaGroups, build_groups
 from hpcinfer.parallel.mesh import Mesh
 from hpcinfer.request import Request, SamplingParams
 from hpcinfer.sampling.sampler import sample
 from tests.ranks.records import PageEvent, RankRecords
 from tests.ranks.wrong_schedules import WRONG
-from tests.unit.engine.fake_measurement import fake_measurement
+from tests.unit.engine.fake_measurement import fake_measurement, gain_from
 
 
 class PageRecorder(AttentionBackend):
@@ -85,7 +85,7 @@ def run_case(world: World, case: dict) -> RankRecords:
             WRONG[case["wrong"]](patch, mesh)
         if case["gains"]:  # of this rank: the smallest step that is faster divided
             least = case["gains"][world.rank]
-            fake_measurement(patch, lambda parts: sum(parts) * (0.5 if len(parts) == 2 and sum(parts) >= least else 1.0))
+            fake_measurement(patch, gain_from(least))
         replica, pages, plan = make_replica(case, parallel, model, groups, world, recorder)
         patch.setattr(worker_module, "sample", noting(drawn, lambda: groups.mark.tick, sample))
         schedule = replica.scheduler.schedule
@@ -95,7 +95,7 @@ def run_case(world: World, case: dict) -> RankRecords:
         world.progress.recorder = None
     result = RankRecords(
         mesh=mesh, members=members_of(groups), layers=plan.layers, block_size=plan.limits.block_size,
-        two_batch_tokens=replica.scheduler.limits.two_batch_tokens, records=[Record(*r) for r in recorder.records],
+        two_batch_tokens=replica.scheduler.limits.two_batch_tokens, records=recorder.rows(),
         steps=steps, pages=pages.events, drawn=drawn,
     )
     world.channel.barrier()

@@ -10,5 +10,5 @@ from tests.unit.parallel.expert_cases import CASES
 def test_dispatch_and_combine():
     result = run_ranks(4, ["-m", "tests.ranks.expert_rank"], timeout_s=90).check()
     sizes = [len(case["rows"]) for case in CASES.values()]
-    wanted = [8 * sum(size > rank for size in sizes) for rank in range(4)]
+    wanted = [6 * sum(size > rank for size in sizes) for rank in range(4)]
     assert f"{wanted} forwards fine" in result.stdout

@@ -9,11 +9,11 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from hpcinfer.bench import link as links
+from hpcinfer.bench.overlap import Tick, steady
 from hpcinfer.bench.overlap_cases import OverlapOptions, scenarios
 from hpcinfer.bench.overlap_report import report, table
 from hpcinfer.cli import bench
@@ -137,6 +137,17 @@ def test_aims_and_medians():
     assert "MISSED pp2 prefill 512" in table(figures) and "from 256 tokens on" in table(figures)
 
 
+def test_decodes_are_measured_while_the_pipeline_is_full():
+    def tick(number, prefill, decode):
+        return Tick(now_s=float(number), waited_s=0.0, prefill_tokens=prefill, decode_tokens=decode, divided_steps=0)
+
+    # Two steps in flight: two prefills, an idle tick, six decodes of 4 tokens, two ticks that wait for the last ones.
+    ticks = [tick(0, 0, 0), tick(1, 10, 0), tick(2, 20, 0), tick(3, 20, 0)]
+    ticks += [tick(3 + k, 20, 4 * k) for k in range(1, 7)] + [tick(10, 20, 24), tick(11, 20, 24)]
+    # The leader's clock passes tick 4 when the last prefill is over, and tick 9 is the last that computes.
+    assert steady(ticks, lag=2) == (4, 9)
+
+
 def test_a_link_that_cannot_be_made_is_loopback_and_says_why(monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with links.open_link("auto", 1e9) as link:
@@ -164,34 +175,45 @@ def test_the_link_has_its_rate(rate_gbit):
         assert 0.1 < share < 1.1, figures["link_measured"]
 
 
-def namespaces() -> set[str]:
+def namespaces(pids) -> set[str]:
+    """Network namespaces of these processes, other than this one's."""
     found = set()
-    for process in Path("/proc").glob("[0-9]*"):
+    for pid in pids:
         try:
-            found.add(os.readlink(process / "ns/net"))
+            found.add(os.readlink(f"/proc/{pid}/ns/net"))
         except OSError:
             pass
-    return found
+    return found - {os.readlink("/proc/self/ns/net")}
 
 
-def test_nothing_stays_behind(monkeypatch):
+def all_pids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def test_nothing_stays_behind():
     need_namespaces()
-    before = namespaces()
-    with pytest.raises(RuntimeError), links.rate_limited_link(1e9):
-        assert len(namespaces() - before) == 2
-        raise RuntimeError
-    assert not namespaces() - before
+    with pytest.raises(OSError, match="of the body"), links.rate_limited_link(1e9):
+        made = namespaces(descendants(os.getpid()))
+        assert len(made) == 2
+        raise OSError("of the body")
+    assert not made & namespaces(all_pids())
     # Also where it is killed in the middle, without a chance to tidy up.
     process = subprocess.Popen(
         overlap_command(*TINY, "--repeats", "1000", "--link", "namespaces"), cwd=ROOT, env=rank_env(),
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )
     try:
-        assert soon(lambda: len(namespaces() - before) == 2 and len(descendants(process.pid)) >= 5, 30)
-        children = descendants(process.pid)
+        children: list[int] = []
+
+        def started():
+            children[:] = descendants(process.pid)
+            return len(namespaces(children)) == 2 and len(children) >= 5  # two holders, mpiexec, its proxy, a rank
+
+        assert soon(started, 60)
+        made = namespaces(children)
         process.kill()
         process.wait()
-        assert soon(lambda: not any(map(alive, children)) and not namespaces() - before, 30)
+        assert soon(lambda: not any(map(alive, children)) and not made & namespaces(all_pids()), 30)
     finally:
         kill_tree(process.pid)
 

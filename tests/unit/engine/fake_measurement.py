@@ -28,3 +28,13 @@ def fake_measurement(patch: pytest.MonkeyPatch, duration_s: Callable[[Sequence[i
     patch.setattr(overlap, "interleave", interleave)
     patch.setattr(overlap, "time", SimpleNamespace(perf_counter=lambda: now_s))
     return measured
+
+
+def gain_from(num_tokens: int, *, share: float = 0.5, token_s: float = 1e-4) -> Callable[[Sequence[int]], float]:
+    """A machine on which a divided step of at least `num_tokens` tokens takes `share` less, and a smaller one as much more."""
+
+    def duration_s(parts: Sequence[int]) -> float:
+        gain = share if sum(parts) >= num_tokens else -share
+        return sum(parts) * token_s * (1 - gain if len(parts) == 2 else 1)
+
+    return duration_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,10 +26,10 @@ BLOCK_SIZE = 4
 
 def build_stages(
     folder: Path, backend: type[AttentionBackend], *, tp: int = 1, stages: Sequence[range] | None = None,
-    dtype: torch.dtype = torch.float32, sequence_form: bool = False, ep: int = 1, **more,
+    dtype: torch.dtype = torch.float32, sequence_form: bool = False, ep: int = 1, packed_experts: bool = False,
 ) -> list[list[StageModel]]:
-    """All ranks of one replica: [stage][tp rank], weights loaded. `ep` is 1 or tp, `more` a family's own arguments."""
-    config = ModelConfig.from_folder(folder)
+    """All ranks of one replica: [stage][tp rank], weights loaded. `ep` is 1 or tp."""
+    config = dataclasses.replace(ModelConfig.from_folder(folder), packed_experts=packed_experts)
     checkpoint = Checkpoint(folder)
     built = []
     for layers in stages or [range(config.num_layers)]:
@@ -39,7 +40,7 @@ def build_stages(
                 tp=comm, ep=comm if ep > 1 else LocalCommunicator("ep"), sequence_form=sequence_form
             )
             model = model_class(config)(
-                config, layers=layers, axes=axes, backend=backend(), dtype=dtype, device=CPU, **more
+                config, layers=layers, axes=axes, backend=backend(), dtype=dtype, device=CPU
             )
             load_stage(model, checkpoint)
             ranks.append(model)

@@ -67,7 +67,7 @@ def test_what_no_record_explains_is_shown(tmp_path):
 
 def test_dropped_records_shorten_the_wall(tmp_path):
     trace = make_trace(tmp_path, [segment(150, 160), segment(160, 200)])
-    trace.header["dropped"] = 3
+    trace.header["dropped"] = True
     time = rank_time(trace)
     assert (time.wall_s, time.compute_s, time.other_s) == (40, 40, 0)
 

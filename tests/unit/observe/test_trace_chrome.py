@@ -81,7 +81,7 @@ def test_an_end_without_the_other_has_no_arrow(tmp_path):
     write_chrome(tmp_path / "t.json", traces[:1])
     assert not [e for e in events_of(tmp_path / "t.json") if e["ph"] in "sf"]
     lost = make_trace(tmp_path, [transfer(101, 119, track="pp 0>1", verb="recv", peer=0, number=4)], rank=1, communicators=LINKS)
-    lost.header["dropped"] = 1
+    lost.header["dropped"] = True
     assert set(match_flows([traces[0], lost])) == {(0, "pp 0>1", "send", 4), (1, "pp 0>1", "recv", 4)}
 
 
