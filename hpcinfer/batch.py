@@ -41,6 +41,8 @@ class MicroBatch:
     """int32 [N, B]: the pages of each sequence in order; unused entries are 0."""
     samples: np.ndarray
     """bool [N]: True where the entry reaches the end of the known tokens, so that a new token is drawn."""
+    num_prefill_tokens: int = 0
+    """Tokens of the entries that are not decodes."""
     lane_tokens: tuple[int, ...] = ()
     """T of this part in every lane, which all ranks know: collectives over lanes are padded to the largest. Default: one
     lane."""
@@ -63,16 +65,6 @@ class MicroBatch:
     def num_entries(self) -> int:
         """N."""
         return len(self.sequence_ids)
-
-    @property
-    def is_decode(self) -> np.ndarray:
-        """bool [N]: sequences that compute a single token, with a context, to draw the next; all others are prefill."""
-        return (self.query_lens == 1) & self.samples & (self.context_lens > 0)
-
-    @property
-    def num_prefill_tokens(self) -> int:
-        """Tokens of the sequences that are not decodes."""
-        return int(self.query_lens[~self.is_decode].sum())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

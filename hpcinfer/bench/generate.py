@@ -26,7 +26,7 @@ from hpcinfer.engine.replica import Replica
 from hpcinfer.errors import CheckpointError, ConfigError
 from hpcinfer.launch.host_memory import available_host_bytes
 from hpcinfer.models.base import StageModel
-from hpcinfer.models.footprint import DTYPE_BYTES, kv_bytes_per_token, layer_parameters, stage_parameters
+from hpcinfer.models.footprint import DTYPE_BYTES, kv_bytes_per_token, layer_cost, stage_parameters
 from hpcinfer.models.random_weights import fill_random
 from hpcinfer.models.weights import Checkpoint, load_stage
 from hpcinfer.observe.metrics import PhaseClock
@@ -157,7 +157,7 @@ def _figures(
         weights -= plan.model.vocab_size * plan.model.hidden_size // options.tp * width
     kv = kv_bytes_per_token(plan.model, len(plan.layers), options.tp, width)
     decode_bytes = counters["decode_microbatches"] * weights + counters["decode_context_tokens"] * kv
-    prefill_flops = 2 * counters["prefill_tokens"] * len(plan.layers) * layer_parameters(plan.model, options.tp)
+    prefill_flops = 2 * counters["prefill_tokens"] * sum(layer_cost(plan.model, i, options.tp) for i in plan.layers)
     return {
         "benchmark": "generate",
         **dataclasses.asdict(options),

@@ -16,6 +16,7 @@ import dataclasses
 import json
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -42,6 +43,8 @@ from hpcinfer.parallel.mesh import Mesh
 from hpcinfer.request import Request, SamplingParams
 from hpcinfer.scheduler.scheduler import Scheduler
 
+PROGRESS_THREAD = "hpcinfer-progress"
+"""Name of the thread of `comm.progress`."""
 _LINK_BYTES = 2**24
 _LINK_PINGS = 50
 
@@ -183,7 +186,7 @@ class _Rig:
         self._world.channel.barrier()
         if recorder is not None:
             self._traces.begin()
-        before, cpu_s, figures = _counters(self._groups), time.process_time(), {}
+        before, cpu_s, figures = _counters(self._groups), _cpu_s(), {}
         if replica.is_leader:
             figures = _lead(
                 replica, self._groups, self._requests(scenario, variant), prefill=scenario.output_tokens == 1
@@ -193,7 +196,7 @@ class _Rig:
             replica.follow()
         after = _counters(self._groups)
         mine = {
-            "cpu_s": time.process_time() - cpu_s,
+            **{name: value - cpu_s[name] for name, value in _cpu_s().items()},
             "communicators": {
                 name: {key: value - before[name][key] for key, value in counters.items()}
                 for name, counters in after.items()
@@ -226,6 +229,13 @@ def _kv_bytes(config: ModelConfig, options: OverlapOptions, mine: list[Scenario]
     )
     per_token = kv_bytes_per_token(config, -(-config.num_layers // NUM_RANKS), 1, DTYPE_BYTES[options.dtype])
     return 2 * tokens * per_token
+
+
+def _cpu_s() -> dict[str, float]:
+    """Processor seconds of this rank so far: all of it, and the thread that moves transfers in the background."""
+    background = [thread for thread in threading.enumerate() if thread.name == PROGRESS_THREAD]
+    clocks = [time.pthread_getcpuclockid(thread.ident) for thread in background]
+    return {"cpu_s": time.process_time(), "progress_cpu_s": sum(map(time.clock_gettime, clocks))}
 
 
 def _counters(groups: ReplicaGroups) -> dict[str, dict[str, float]]:

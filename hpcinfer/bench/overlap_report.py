@@ -46,7 +46,10 @@ def _medians(runs: list[dict]) -> dict:
         "divided_steps": runs[0]["divided_steps"],
         "max_in_flight": counters["max_in_flight"],
         "counters": counters,
-        "cpu_s": [statistics.median(run["ranks"][rank]["cpu_s"] for run in runs) for rank in ranks],
+        **{
+            name: [statistics.median(run["ranks"][rank][name] for run in runs) for rank in ranks]
+            for name in ("cpu_s", "progress_cpu_s")
+        },
         "communicators": [
             {
                 name: {
@@ -104,7 +107,11 @@ def _aims(figures: dict, results: list[dict]) -> list[dict]:
 
 
 def table(figures: dict) -> str:
-    """The figures for people."""
+    """The figures for people.
+
+    waited: share of the time in which the leader was blocked in communication. polling: share of the processor time
+    that the thread took which moves transfers in the background.
+    """
     link = figures["link_measured"]
     lines = [
         f"link: {figures['link_used']}",
@@ -117,13 +124,14 @@ def table(figures: dict) -> str:
     if "agreed_two_batch_tokens" in figures:
         agreed = figures["agreed_two_batch_tokens"]
         lines.append(f"two-batch overlap by agreement: {f'from {agreed} tokens on' if agreed else 'off'}")
-    head = f"{'scenario':<24}{'variant':<14}{'tokens/s':>10}{'speed-up':>10}{'range':>14}{'waited':>9}{'cpu s':>8}"
-    lines += ["", head]
+    columns = (("tokens/s", 10), ("speed-up", 10), ("range", 14), ("waited", 9), ("cpu s", 8), ("polling", 9))
+    lines += ["", f"{'scenario':<24}{'variant':<14}" + "".join(f"{name:>{width}}" for name, width in columns)]
     for result in figures["results"]:
         low, high = result["speedup_range"]
         lines.append(
             f"{result['scenario']:<24}{result['variant']:<14}{result['tokens_per_s']:>10.1f}{result['speedup']:>10.3f}"
             f"{f'{low:.2f}-{high:.2f}':>14}{result['leader_waited_share']:>9.1%}{sum(result['cpu_s']):>8.2f}"
+            f"{sum(result['progress_cpu_s']) / sum(result['cpu_s']):>9.1%}"
         )
     lines.append("")
     lines += [

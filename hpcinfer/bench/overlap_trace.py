@@ -31,9 +31,7 @@ class RunTraces:
 
     def begin(self) -> None:
         """Forget what was recorded before this run."""
-        self.recorder.records.clear()
-        self.recorder.num_added = 0
-        self.recorder.start_s = time.perf_counter()
+        self.recorder.restart()
 
     def save(self, scenario: Scenario, variant: Variant, groups: ReplicaGroups) -> None:
         """Write the run that ends here."""

@@ -1,8 +1,8 @@
 """What every rank of a traced start did when (`hpcinfer run --trace`): a table, and a JSON file for ui.perfetto.dev.
 
-For each rank: wall time, computation and host work, exposed communication (the rank computed nothing meanwhile), idling, and
-what no record explains. For each axis of the mesh: operations and bytes a step, time in transfer, exposed time. For each
-stage the bubble: its share of time without computation or communication of its own.
+For each rank: wall time, computation and host work, exposed communication (the rank computed nothing meanwhile), idling,
+and what no record explains. For each axis of the mesh: operations and bytes a step, time in transfer, exposed time. For
+each stage the bubble: its share of time without computation or communication of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN_DIR", help="run directory (data.output of the job)")
     parser.add_argument("--out", default="", metavar="FILE", help="the JSON file (default: RUN_DIR/trace/START.json)")
     parser.add_argument("--start", default="", metavar="NAME", help="which start of the run (default: the newest)")
-    parser.add_argument("--last", type=int, default=0, metavar="N", help="only the last N ticks in the JSON file (default: all)")
+    parser.add_argument(
+        "--last", type=int, default=0, metavar="N", help="only the last N ticks in the JSON file (default: all)"
+    )
     parser.add_argument("--json", action="store_true", help="print the table as one JSON object")
 
 

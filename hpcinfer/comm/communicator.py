@@ -1,7 +1,7 @@
 """The communicator interface: what carries tensors between the ranks of one mesh axis.
 
 Every verb issues its transfer and returns a `Handle` at once; `handle.wait()` gives the result. Blocking use is
-`comm.all_reduce(x).wait()`. Layers leave a handle pending by yielding it (see `pipeline.runner`), so the same layer
+`comm.all_reduce(x).wait()`. Layers leave a handle pending by yielding it (see `pipeline.schedule`), so the same layer
 code runs blocking, overlapped, on MPI or on NCCL.
 
 Rules that every implementation keeps and every caller may rely on:

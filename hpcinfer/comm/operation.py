@@ -12,8 +12,8 @@ from hpcinfer.errors import CommunicationError
 
 
 class Mark:
-    """What a rank is working on, set by those who know it and copied into every operation at its issue, so that reports and
-    records can name the microbatch."""
+    """What a rank is working on, set by those who know it and copied into every operation at its issue, so that reports
+    and records can name the microbatch."""
 
     __slots__ = ("part", "tick")
 

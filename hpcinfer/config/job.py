@@ -69,7 +69,7 @@ class EngineSection:
     kv_memory_share: float = 0.5
     """With kv_memory = auto: the share of a rank's free memory after the weights. Default 0.5."""
     max_batch_tokens: int = 2048
-    """Most tokens computed in one microbatch; longer prompts are prefilled in chunks. Default 2048."""
+    """Most tokens that a lane computes in one step; longer prompts are prefilled in chunks. Default 2048."""
     max_sequences: int = 256
     """Most sequences in work at once in a replica. Default 256."""
     max_context: int = 0
@@ -92,7 +92,8 @@ class CommSection:
     """The `[comm]` section."""
 
     deadline_s: float = 600.0
-    """A transfer that takes longer ends the run with a report of who waited for whom. Seconds, default 600."""
+    """A transfer that takes longer ends the run with a report of who waited for whom, and so does a replica's leader that says
+    nothing for longer than this and run.retry_s. Seconds, default 600."""
     strict: bool = False
     """One transfer at a time on each communicator, synchronous sends: slower, shows ordering mistakes. For tests."""
 

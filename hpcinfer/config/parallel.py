@@ -9,6 +9,8 @@ from hpcinfer.errors import ConfigError
 
 
 SEQUENCE_PHASES = ("prefill",)
+MOST_IN_FLIGHT = 16
+"""Steps in flight for each stage, at most: a page that was freed rests for as many ticks."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +46,7 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layer_split", tuple(self.layer_split))
+        object.__setattr__(self, "two_batch", str(self.two_batch))
         for name, least in (
             ("tp", 1), ("pp", 1), ("sp", 1), ("ep", 1), ("dp", 0), ("microbatches", 0), ("sp_min_tokens", 1),
         ):
@@ -55,10 +58,16 @@ class ParallelConfig:
                 f"parallel.layer_split = {list(self.layer_split)} for {self.pp} stages",
                 fix=f"give {self.pp} numbers of at least one layer each",
             )
-        if self.ep not in (allowed := sorted({1, self.tp, self.sp * self.tp})):
+        check_ep(self.ep, sp=self.sp, tp=self.tp)
+        if self.microbatches > MOST_IN_FLIGHT * self.pp:
             raise ConfigError(
-                f"parallel.ep = {self.ep} with sp = {self.sp} and tp = {self.tp}",
-                fix=f"ep must be 1, tp or sp * tp: one of {', '.join(map(str, allowed))}",
+                f"parallel.microbatches = {self.microbatches} with {self.pp} stages",
+                fix=f"give at most {MOST_IN_FLIGHT * self.pp}; two or three a stage hide the transfers between stages",
+            )
+        if self.sequence_form and self.tp == 1:
+            raise ConfigError(
+                "parallel.sequence_form without tensor parallelism", found="parallel.tp = 1",
+                fix="set parallel.tp to 2 or more, or leave sequence_form out",
             )
         if self.sp_phase not in SEQUENCE_PHASES:
             raise ConfigError(
@@ -83,6 +92,15 @@ class ParallelConfig:
         return self.microbatches or self.pp
 
 
+def check_ep(ep: int, *, sp: int, tp: int) -> None:
+    """Raise ConfigError unless experts can be spread over `ep` ranks of a stage of sp * tp."""
+    if ep not in (allowed := sorted({1, tp, sp * tp})):
+        raise ConfigError(
+            f"parallel.ep = {ep} with sp = {sp} and tp = {tp}",
+            fix=f"ep must be 1, tp or sp * tp: one of {', '.join(map(str, allowed))}",
+        )
+
+
 def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
     """Raise ConfigError, with the nearest valid choice, where the model cannot be split as asked."""
     model.check_tp(parallel.tp)
@@ -101,4 +119,9 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
     if parallel.ep > 1 and not model.num_experts:
         raise ConfigError(
             f"parallel.ep = {parallel.ep} for a model without experts", found=model.family, fix="set parallel.ep = 1"
+        )
+    if parallel.ep > max(model.num_experts, 1):
+        raise ConfigError(
+            f"parallel.ep = {parallel.ep} leaves ranks without an expert", found=f"{model.num_experts} experts",
+            fix="set parallel.ep = 1, or lower parallel.tp or parallel.sp",
         )

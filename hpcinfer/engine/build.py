@@ -19,7 +19,7 @@ from hpcinfer.config.job import EngineSection
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.config.parallel import ParallelConfig, check_layout
 from hpcinfer.engine.memory import context_limit, num_kv_blocks
-from hpcinfer.engine.overlap import two_batch_tokens
+from hpcinfer.engine.overlap import with_two_batch
 from hpcinfer.engine.replica import Replica
 from hpcinfer.engine.worker import Worker
 from hpcinfer.models.base import StageModel
@@ -33,7 +33,8 @@ from hpcinfer.pipeline.partition import explicit_split, split_layers
 from hpcinfer.pipeline.runner import StageRunner
 from hpcinfer.pipeline.transfer import StageLinks
 from hpcinfer.pipeline.watch import SegmentWatch
-from hpcinfer.scheduler.scheduler import Scheduler, SchedulerLimits
+from hpcinfer.scheduler.limits import SchedulerLimits
+from hpcinfer.scheduler.scheduler import Scheduler
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,9 +171,7 @@ def build_replica(
         runner = StageRunner(model, kv, links, lane=lane, watch=SegmentWatch(groups.mark, recorder, nvtx))
         worker = Worker(runner, groups, device=plan.device, clock=clock, recorder=recorder)
         groups.warmup()
-        tokens = two_batch_tokens(plan.two_batch, model, kv, plan.limits, groups.control, lane=lane)
-        limits = dataclasses.replace(plan.limits, two_batch_tokens=tokens)
-        model.forget_expert_load()  # of the measurement
+        limits = with_two_batch(plan.two_batch, model, kv, plan.limits, groups.control, lane=lane)
     return Replica(
         worker=worker, scheduler=Scheduler(limits, lane), control=groups.control, mark=groups.mark, recorder=recorder,
         expert_load=model.expert_load,

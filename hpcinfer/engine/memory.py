@@ -48,6 +48,9 @@ def num_kv_blocks(
         model, engine.max_batch_tokens, tp, dtype_bytes, ep=ep,
         num_logit_rows=min(engine.max_sequences, engine.max_batch_tokens),
     )
+    if parallel.pp > 1:  # what is received ahead, and what is still being sent
+        rows = -(-engine.max_batch_tokens // (tp if parallel.sequence_form else 1))
+        working += 2 * parallel.num_in_flight * rows * model.hidden_size * dtype_bytes
     if parallel.sp > 1:  # keys and values of all lanes, as they arrive and in the order of their slots
         working += 2 * parallel.sp * engine.max_batch_tokens * kv_bytes_per_token(model, 1, tp, dtype_bytes)
     free = available_bytes - weights - working

@@ -2,11 +2,12 @@
 
 Dividing a step makes every matrix product smaller, so it pays only where the transfers that it hides cost more than that:
 long prefills on a network, seldom a decode, never ranks that share memory. No formula knows where; a few layers on made-up
-tokens do.
+tokens do. Prefill is what is measured, so a step of decodes alone is divided only where the job gives a number.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import numpy as np
@@ -19,7 +20,7 @@ from hpcinfer.kvcache.pool import KvPool
 from hpcinfer.models.base import StageModel
 from hpcinfer.parallel.segments import Segments
 from hpcinfer.pipeline.schedule import interleave
-from hpcinfer.scheduler.scheduler import SchedulerLimits
+from hpcinfer.scheduler.limits import SchedulerLimits
 
 OFF = 0
 _LAYERS = 3
@@ -30,10 +31,10 @@ _LEAST_TOKENS = 32
 _LONGEST_S = 0.5
 
 
-def two_batch_tokens(
+def with_two_batch(
     setting: str, model: StageModel, kv: KvPool, limits: SchedulerLimits, control: HostChannel, *, lane: int
-) -> int:
-    """The smallest step, in tokens of a lane, that is divided in two; 0 where none is. Collective over the replica.
+) -> SchedulerLimits:
+    """The limits with what `setting` comes to. Collective over the replica.
 
     Args:
         setting: `parallel.two_batch`.
@@ -42,11 +43,21 @@ def two_batch_tokens(
         lane: of this rank.
     """
     if setting == "off":
-        return OFF
+        return dataclasses.replace(limits, two_batch_tokens=OFF)
     if setting != "auto":
-        return int(setting)
-    num_tokens = min(limits.max_batch_tokens, limits.num_tokens, limits.max_context)
-    has_transfers = max(model.axes.tp.size, model.axes.ep.size) > 1
+        return dataclasses.replace(limits, two_batch_tokens=int(setting))
+    smallest = _smallest_that_gains(model, kv, limits, control, lane)
+    model.forget_expert_load()  # of the measurement
+    return dataclasses.replace(limits, two_batch_tokens=smallest, divide_decodes=False)
+
+
+def _smallest_that_gains(
+    model: StageModel, kv: KvPool, limits: SchedulerLimits, control: HostChannel, lane: int
+) -> int:
+    """The smallest prefill, in tokens of a lane, that is done sooner when it is divided; 0 where none is."""
+    axes = model.axes
+    num_tokens = min(limits.max_batch_tokens, min(limits.num_tokens, limits.max_context) // axes.sp.size)
+    has_transfers = max(axes.tp.size, axes.ep.size, axes.sp.size) > 1
     if num_tokens < _LEAST_TOKENS or not any(control.all_gather(has_transfers)):
         return OFF
     num_tokens = min(num_tokens, _affordable(model, kv, control, lane))
@@ -59,16 +70,16 @@ def two_batch_tokens(
 
 def _affordable(model: StageModel, kv: KvPool, control: HostChannel, lane: int) -> int:
     """Tokens of a prefill that takes about _LONGEST_S, from the time of a small one: the start must not last for ever."""
-    small = [_microbatch(model, kv, 0, _LEAST_TOKENS)]
+    small = [_microbatch(model, kv, lane, 0, _LEAST_TOKENS)]
     spent = [_time(model, kv, small, control, lane) for _ in range(2)]  # the first one warms up
     return int(_LEAST_TOKENS * _LONGEST_S / max(control.all_gather(spent[-1])))
 
 
 def _gains(model: StageModel, kv: KvPool, num_tokens: int, control: HostChannel, lane: int) -> bool:
     """Whether all ranks together are done sooner with a prefill of `num_tokens` when it is divided."""
-    whole = [_microbatch(model, kv, 0, num_tokens)]
+    whole = [_microbatch(model, kv, lane, 0, num_tokens)]
     half = num_tokens // 2
-    halves = [_microbatch(model, kv, 0, half), _microbatch(model, kv, half, num_tokens)]
+    halves = [_microbatch(model, kv, lane, 0, half), _microbatch(model, kv, lane, half, num_tokens)]
     spent = {1: [], 2: []}
     for _ in range(_REPEATS + 1):
         for parts in (whole, halves):
@@ -97,12 +108,16 @@ def _layers(model: StageModel, kv: KvPool, part: MicroBatch, lane: int) -> Segme
     return model.run_layers(hidden, metadata, kv, _LAYERS)
 
 
-def _microbatch(model: StageModel, kv: KvPool, start: int, end: int) -> MicroBatch:
-    """Tokens start to end of one made-up sequence on the first pages."""
-    num_pages = -(-end // kv.layout.block_size)
+def _microbatch(model: StageModel, kv: KvPool, lane: int, start: int, end: int) -> MicroBatch:
+    """A chunk of one made-up sequence on the first pages: `end - start` tokens for each lane, from start * lanes on."""
+    num_lanes, block_size, count = model.axes.sp.size, kv.layout.block_size, end - start
+    first = start * num_lanes + lane * count
+    num_pages = -(-end * num_lanes // block_size)
     return MicroBatch(
-        tick=0, sequence_ids=(0,), token_ids=np.zeros(end - start, np.int32),
-        query_lens=np.array([end - start], np.int32), context_lens=np.array([start], np.int32),
-        block_tables=np.arange(1, num_pages + 1, dtype=np.int32)[None], samples=np.array([False]),
-        lane_tokens=(end - start,) * model.axes.sp.size,
+        tick=0, sequence_ids=(0,), token_ids=np.zeros(count, np.int32), query_lens=np.array([count], np.int32),
+        context_lens=np.array([first], np.int32), block_tables=np.arange(1, num_pages + 1, dtype=np.int32)[None],
+        samples=np.array([False]), num_prefill_tokens=count, lane_tokens=(count,) * num_lanes,
+        shared_lens=(count,) * num_lanes if num_lanes > 1 else (),
+        # Page 1 is the first, so a position is at slot block_size + position.
+        shared_slots=block_size + np.arange(start * num_lanes, end * num_lanes if num_lanes > 1 else start * num_lanes),
     )

@@ -104,7 +104,7 @@ class Replica:
         self._part()
 
     def _part(self) -> None:
-        """The end, on every rank. They part together: one that is stuck is missed here, by a wait that has a deadline."""
+        """The end, on every rank. They part together: one that is stuck is missed here, by a wait with a deadline."""
         self._worker.drain()
         self._control.barrier()
         self._mark.set()
@@ -145,8 +145,8 @@ class Replica:
         return ended, planned
 
     def _expect(self, tick: int, silence_s: float) -> Expected:
-        """Take part in the broadcast of a tick's message. It has a deadline of its own: between ticks a leader may read,
-        tokenise and commit."""
+        """Take part in the broadcast of a tick's message. It has a deadline of its own: between ticks a leader may
+        read, tokenise and commit."""
         self._mark.set(tick)
         return self._control.expect(root=LEADER, deadline_s=silence_s)
 

@@ -48,7 +48,7 @@ class Record(NamedTuple):
     bytes: int = 0
     """Of this rank's tensor."""
     peer: int = -1
-    """Rank in the communicator of the other end of a send or recv, of the root of a broadcast; -1 where all are alike."""
+    """Rank in the communicator: the other end of a send or recv, the root of a broadcast; -1 where all are alike."""
     issued_s: float = 0.0
     number: int = 0
     """Counts the operations of this communicator on this rank, in the order of their issue, from 1."""
@@ -88,6 +88,12 @@ class Recorder:
         """This rank was blocked in `operation`: exposed, or idle where it waited to be told what to do."""
         self._resumed_s = end_s
         self._kept.append((operation, start_s, end_s))
+
+    def restart(self) -> None:
+        """Forget everything; the trace begins now."""
+        self._kept.clear()
+        self._resumed_s = 0.0
+        self.start_s = time.perf_counter()
 
     @property
     def is_full(self) -> bool:

@@ -1,8 +1,8 @@
 """Where the time of a traced start went: per rank, per axis of the mesh, per stage. Reads records only.
 
-Computation and host work, exposed communication and idling are each the union of their own records. A rank's main thread does
-one thing at a time, so that where records nest, the innermost counts: what waits inside host work is exposed communication,
-and not work. `other` is time without any record; it says how complete the records are, and is not distributed.
+Computation and host work, exposed communication and idling are each the union of their own records. A rank's main
+thread does one thing at a time, so that where records nest, the innermost counts: what waits inside host work is exposed
+communication, and not work. `other` is time without any record: it says how complete the records are.
 
 Shape letters: R records of a rank, N disjoint intervals in ascending order.
 """
@@ -194,7 +194,7 @@ def to_plain(report: TraceReport) -> Mapping:
     return dataclasses.asdict(report)
 
 
-# -- intervals: float64 [N, 2], disjoint, ascending ---------------------------------------------------------------------
+# -- intervals: float64 [N, 2], disjoint, ascending ------------------------------------------------------------------
 
 
 def union(intervals: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Traces as one JSON file in Chrome's trace event format, which Perfetto (ui.perfetto.dev) shows.
 
-A process a rank; in it a track for computation, one for the host (ticks, reading, committing), one for waiting, and one or more
-for each communicator: operations that overlap in time do not fit on one track. An arrow leads from each send to the receive
-that took it. The file is written event by event; a trace of any length needs the memory of one rank.
+A process a rank; in it a track for computation, one for the host (ticks, reading, committing), one for waiting, and one
+or more for each communicator: operations that overlap in time do not fit on one track. An arrow leads from each send to
+the receive that took it. The file is written event by event; a trace of any length needs the memory of one rank.
 """
 
 from __future__ import annotations
@@ -53,10 +53,11 @@ def write_chrome(path: Path, traces: Sequence[Trace], *, last_ticks: int = 0) ->
 
 
 def match_flows(traces: Sequence[Trace], first_s: float = -np.inf) -> Flows:
-    """Ids of arrows: the k-th send from one rank to another on a communicator belongs to the other's k-th receive from it.
+    """Ids of arrows: the k-th send from one rank to another on a communicator belongs to its k-th receive there.
 
-    An end whose other end was not recorded, or ended before `first_s`, has no arrow. Where old records were dropped the counts of
-    both ends no longer compare; the numbers of operations still do on a link that is used in one direction, as all are.
+    An end whose other end was not recorded, or ended before `first_s`, has no arrow. Where old records were dropped the
+    counts of both ends no longer compare; the numbers of operations still do on a link that is used in one direction, as
+    all are.
     """
     ends: dict[tuple, list[tuple[int, str, str, int, float]]] = {}
     for trace in traces:
@@ -151,7 +152,8 @@ def _record_events(
             yield {**common, "ph": "s", "ts": event["ts"]}
         else:
             # The end of a receive is its arrival; just before it, so that the event still encloses the arrow's head.
-            yield {**common, "ph": "f", "bp": "e", "ts": max(event["ts"], round(event["ts"] + event["dur"] - _LEAST_US, 3))}
+            end_us = round(event["ts"] + event["dur"] - _LEAST_US, 3)
+            yield {**common, "ph": "f", "bp": "e", "ts": max(event["ts"], end_us)}
 
 
 class _Tracks:

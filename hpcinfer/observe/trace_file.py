@@ -1,7 +1,7 @@
 """The trace of one rank as a file: `<run directory>/trace/<start>-rank<r>.npz`.
 
-One array a column of `trace.Record`, over the R records in the order of their start; texts are numbers into a table. The
-header is a JSON object:
+One array a column of `trace.Record`, over the R records in the order of their start; texts are numbers into a table.
+The header is a JSON object:
 
     rank, host, boot_id, started     who; ranks with one boot_id share a clock
     layout, coordinates              the mesh as text; this rank's replica, stage, lane and tp

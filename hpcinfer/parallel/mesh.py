@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from hpcinfer.config.parallel import check_ep
 from hpcinfer.errors import ConfigError
 
 AXES = ("dp", "pp", "sp", "tp")
@@ -37,11 +38,7 @@ class Mesh:
         for axis in (*AXES, "ep"):
             if (size := getattr(self, axis)) < 1:
                 raise ConfigError(f"parallel.{axis} = {size}", fix=f"{axis} must be at least 1")
-        if self.ep not in (allowed := sorted({1, self.tp, self.sp * self.tp})):
-            raise ConfigError(
-                f"parallel.ep = {self.ep} with sp = {self.sp} and tp = {self.tp}",
-                fix=f"ep must be 1, tp or sp * tp: one of {', '.join(map(str, allowed))}",
-            )
+        check_ep(self.ep, sp=self.sp, tp=self.tp)
         if not 0 <= self.rank < self.size:
             raise ConfigError(f"rank {self.rank} of a mesh of {self.size} ranks", found=str(self))
 

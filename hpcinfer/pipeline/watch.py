@@ -20,9 +20,9 @@ class SegmentWatch:
     Args:
         mark: of this rank.
         recorder: gets every segment, under the name of the transfer that it ended in.
-        nvtx: has range_push, range_pop and mark as torch.cuda.nvtx has them, where a profiler may be listening. A range has
-            to be named when it begins: it has the name of the transfer that the segment resumes from, and the transfer that it
-            ends in is marked under its own.
+        nvtx: has range_push, range_pop and mark as torch.cuda.nvtx has them, where a profiler may be listening. A range
+            has to be named when it begins: it has the name of the transfer that the segment resumes from, and the
+            transfer that it ends in is marked under its own.
     """
 
     def __init__(self, mark: Mark, recorder: Recorder | None = None, nvtx: Any = None) -> None:

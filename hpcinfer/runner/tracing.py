@@ -32,7 +32,8 @@ def recording(
 ) -> Iterator[Recorder | None]:
     """A recorder for what this rank does inside the block, None where `run.trace` is off. Collective over the world.
 
-    Its file is written at the end, after an error too, as far as this rank lives. That it cannot be written ends nothing.
+    Its file is written at the end, after an error too where this rank still lives. That it cannot be written ends
+    nothing.
     """
     if not job.run.trace:
         yield None
@@ -56,7 +57,8 @@ def recording(
         header = {
             "rank": world.rank, "host": world.host, "boot_id": boot_id(), "started": started,
             **_place(groups), "start_s": recorder.start_s, "end_s": end_s, "start_unix_s": start_unix_s,
-            "end_unix_s": end_unix_s, "clock": clock, "same_clock": clock[0]["boot_id"] == boot_id(), "complete": complete,
+            "end_unix_s": end_unix_s, "clock": clock, "same_clock": clock[0]["boot_id"] == boot_id(),
+            "complete": complete,
             "versions": {
                 "hpcinfer": hpcinfer.__version__, "python": platform.python_version(), "numpy": np.__version__,
             },
@@ -70,8 +72,8 @@ def recording(
 def measure_clock(channel: HostChannel) -> dict[str, Any]:
     """This rank's time.perf_counter minus rank 0's. Collective.
 
-    Rank 0 sends at a, the others note their time b, and all of these are back at c: the offset is b - (a + c) / 2, wrong by at
-    most (c - a) / 2. The fastest of several rounds counts.
+    Rank 0 sends at a, the others note their time b, and all of these are back at c: the offset is b - (a + c) / 2, wrong
+    by at most (c - a) / 2. The fastest of several rounds counts.
 
     Returns:
         at_s (this rank's time of the measurement), offset_s, error_s, and the boot_id of rank 0's host.

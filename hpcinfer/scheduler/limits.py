@@ -29,6 +29,8 @@ class SchedulerLimits:
     """A sequence with fewer tokens to prefill is prefilled by its owner lane alone. Read only with several lanes."""
     two_batch_tokens: int = 0
     """From this many tokens in its fullest lane on, a step is divided into two parts; 0 switches it off."""
+    divide_decodes: bool = True
+    """Whether that holds for steps without prefill too."""
 
     @property
     def num_tokens(self) -> int:

@@ -42,6 +42,7 @@ def build_microbatch(work: Work, lane: int, *, tick: int, part: int, block_size:
         context_lens=np.array(starts, np.int32),
         block_tables=_rectangle([sequence.tables[lane] for sequence in sequences]),
         samples=np.array(samples, bool),
+        num_prefill_tokens=sum(piece.num_tokens for piece in entries if piece.is_prefill) if work.is_prefill else 0,
         lane_tokens=tuple([shared + local for shared, local in zip(shared_lens, locals_, strict=True)]),
         shared_lens=shared_lens if work.shared else (),
         shared_slots=_slots([run for lane_runs in runs for run in lane_runs], lane, block_size),

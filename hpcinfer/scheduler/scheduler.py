@@ -337,6 +337,8 @@ class Scheduler:
 
     def _parts(self, work: Work) -> tuple[Work, ...]:
         least = self.limits.two_batch_tokens
+        if not (work.is_prefill or self.limits.divide_decodes):
+            return (work,)
         if least > 0 and max(map(work.tokens_of, range(self.limits.num_lanes))) >= max(2, least):
             return divide(work)
         return (work,)

@@ -16,7 +16,7 @@ PLANTED = "a layer fails here"
 
 
 def plant(trigger: Path) -> None:
-    """From now on the first layer to be computed after `trigger` has appeared raises, with what it computed in flight."""
+    """From now on the first layer that is computed after `trigger` has appeared raises, with its transfer in flight."""
     sound = DecoderLayer.forward
 
     def forward(self, *args):

@@ -34,7 +34,7 @@ SAMPLINGS = {
 DEADLINE_S = 3.0
 RETRY_S = 2.0
 """Followers grant a silent leader the deadline and, for a storage that refuses, this."""
-LATE_S = 5.0
+LATE_S = 6.0
 """From a deadline to the end of the last process: the reports' way out, the abort, and other work on this machine."""
 # Small commits and little in work at once, so that a fault finds rows committed, in memory and not begun.
 SLOW = [
@@ -182,6 +182,7 @@ def test_a_fault_is_reported_and_another_layout_goes_on(name, fault, tmp_path, j
         ended_s = time.monotonic() - began
     finally:
         kill_tree(process.pid)
+        process.wait()
     text = (tmp_path / "log").read_text(errors="replace")
     assert code != 0, text
     assert not left, f"ranks with the pids {left} live on"

@@ -1,8 +1,8 @@
 """The operations of one microbatch, written down once: the formulas of the table in ARCHITECTURE.md.
 
-Letters: T tokens of this lane, P of them on this rank (T, or ceil(T / tp) in the sequence form), S rows drawn, D model, V
-vocabulary, K key/value heads of this rank, H head dim, X shared tokens of the fullest lane, L layers of the stage, M of them
-mixtures, k experts of a token, b bytes of a number. Bytes are those of the tensor that a rank hands in.
+Letters: T tokens of this lane, P of them on this rank (T, or ceil(T / tp) in the sequence form), S rows drawn, D model,
+V vocabulary, K key/value heads of this rank, H head dim, X shared tokens of the fullest lane, L layers of the stage, M of
+them mixtures, k experts of a token, b bytes of a number. Bytes are those of the tensor that a rank hands in.
 """
 
 from __future__ import annotations
@@ -47,13 +47,15 @@ class Stage:
 
     @classmethod
     def of(
-        cls, config: ModelConfig, layers: range, *, tp: int, sp: int, ep: int, sequence_form: bool, number_bytes: int = 4
+        cls, config: ModelConfig, layers: range, *,
+        tp: int, sp: int, ep: int, sequence_form: bool, number_bytes: int = 4,
     ) -> Stage:
         return cls(
             layers=len(layers), mixtures=sum(config.moe_layers[layer] for layer in layers), hidden=config.hidden_size,
             vocab=config.vocab_size, kv_heads=max(config.num_kv_heads // tp, 1), head_dim=config.head_dim,
             experts_per_token=config.experts_per_token, number_bytes=number_bytes, tp=tp, sp=sp, ep=ep,
-            sequence_form=sequence_form and tp > 1, is_first=layers.start == 0, is_last=layers.stop == config.num_layers,
+            sequence_form=sequence_form and tp > 1,
+            is_first=layers.start == 0, is_last=layers.stop == config.num_layers,
         )
 
     @property
@@ -91,7 +93,7 @@ def operations(stage: Stage, part: Part) -> list[Expected]:
 
 
 def tensor_parallel(stage: Stage, part: Part) -> list[Expected]:
-    """2 reductions a layer, 1 for the embedding, 1 gather of logits; a mixture whose tokens travel has another second half."""
+    """2 reductions a layer, 1 for the embedding, 1 gather of logits; a mixture whose tokens travel ends in another way."""
     row_bytes = stage.hidden * stage.number_bytes
     travelling = stage.mixtures if stage.ep_spans_lanes else 0
     reductions = [
@@ -102,7 +104,10 @@ def tensor_parallel(stage: Stage, part: Part) -> list[Expected]:
     logits_bytes = part.draws * ceil(stage.vocab, stage.tp) * stage.number_bytes
     logits = Expected("tp", "all_gather", "logits", int(stage.is_last and part.draws > 0), logits_bytes)
     if stage.sequence_form:
-        gathers = [("qkv gather", stage.layers), ("mlp gather", stage.layers - travelling), ("head gather", int(stage.is_last))]
+        gathers = [
+            ("qkv gather", stage.layers), ("mlp gather", stage.layers - travelling),
+            ("head gather", int(stage.is_last)),
+        ]
         return [
             *(Expected("tp", "reduce_scatter", what, n, share * stage.tp * row_bytes) for what, n in reductions),
             *(Expected("tp", "all_gather", what, n, share * row_bytes) for what, n in gathers), logits,
@@ -122,9 +127,10 @@ def expert_parallel(stage: Stage, part: Part) -> list[Expected]:
             Expected("ep", verb, "experts dispatch", m, None), Expected("ep", verb, "experts combine", m, None),
         ]
     bucket = ceil(max(part.lane_tokens), stage.tp)
+    outputs_bytes = stage.ep * bucket * stage.hidden * stage.number_bytes
     return [
         Expected("ep", "all_gather", "experts dispatch", stage.mixtures, bucket * packed_bytes(stage)),
-        Expected("ep", "reduce_scatter", "experts combine", stage.mixtures, stage.ep * bucket * stage.hidden * stage.number_bytes),
+        Expected("ep", "reduce_scatter", "experts combine", stage.mixtures, outputs_bytes),
     ]
 
 

@@ -1,7 +1,7 @@
 """The rules of order that every schedule must keep, as assertions over the records of all ranks of one replica.
 
-Each rule returns how many things it has looked at, so that a test can see that it had something to look at. Ranks of one
-host: their times are of one clock.
+Each rule returns how many things it has looked at, so that a test can see that it had something to look at. Ranks are
+on one host: their times are of one clock.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def broken_rules(ranks: Sequence[RankRecords]) -> dict[str, str]:
 def token_before_next_step(ranks: Sequence[RankRecords]) -> int:
     """No sequence's step n + 1 starts, on any rank, before its step n's token exists; and it starts with that token."""
     lanes = lane_ranks(ranks)
-    last: dict[int, tuple[int, float, int]] = {}  # sequence -> tick of its last draw, when the token was there, the token
+    last: dict[int, tuple[int, float, int]] = {}  # sequence -> tick of its last draw, when its token existed, the token
     num_checked = 0
     begins = _begins(ranks)
     for tick in sorted(lanes[0].steps):
@@ -49,18 +49,20 @@ def token_before_next_step(ranks: Sequence[RankRecords]) -> int:
                     num_checked += 1
                     drawn_tick, exists_s, drawn = last[sequence]
                     what = f"sequence {sequence}: tick {tick} goes on from the token of tick {drawn_tick}"
-                    _demand(begin_s >= exists_s, f"{what} and begins {1e6 * (exists_s - begin_s):.0f} us before it exists")
+                    early_us = 1e6 * (exists_s - begin_s)
+                    _demand(early_us <= 0, f"{what} and begins {early_us:.0f} us before it exists")
                     _demand(token == drawn, f"{what}, which is {drawn}, with {token}")
         for lane, drawing in enumerate(lanes[0].steps[tick].drawing):
             if drawing:
                 exists_s, tokens = _draw(ranks, tick, lane)
-                last.update((sequence, (tick, exists_s, token)) for sequence, token in zip(drawing, tokens, strict=True))
+                for sequence, token in zip(drawing, tokens, strict=True):
+                    last[sequence] = (tick, exists_s, token)
     return num_checked
 
 
 def written_before_read(ranks: Sequence[RankRecords]) -> int:
-    """The key and value that attention reads for a position of a sequence were written into that slot of that layer before,
-    for that position, and nothing else since."""
+    """The key and value that attention reads for a position of a sequence were written into that slot of that layer
+    before, for that position, and nothing else since."""
     lanes = lane_ranks(ranks)
     num_checked = 0
     for rank in ranks:
@@ -80,14 +82,15 @@ def written_before_read(ranks: Sequence[RankRecords]) -> int:
 def _check_read(rank: RankRecords, event: PageEvent, holds: dict[tuple[int, int], Token]) -> int:
     part = rank.steps[event.tick].parts[event.part]
     ends = part.context_lens + part.query_lens
-    _demand([len(slots) for slots in event.slots] == ends.tolist(), f"tick {event.tick} reads other lengths than it has")
+    lens = [len(slots) for slots in event.slots]
+    _demand(lens == ends.tolist(), f"tick {event.tick} reads other lengths than it has")
     for sequence, slots in zip(part.sequence_ids, event.slots, strict=True):
         for position, slot in enumerate(slots.tolist()):
             found = holds.get((event.layer, slot))
             _demand(
                 found == (sequence, position),
-                f"rank {rank.mesh.rank}, tick {event.tick} part {event.part}, layer {event.layer}: position {position} of "
-                f"sequence {sequence} is read from slot {slot}, which holds {found or 'nothing yet'}",
+                f"rank {rank.mesh.rank}, tick {event.tick} part {event.part}, layer {event.layer}: position {position} "
+                f"of sequence {sequence} is read from slot {slot}, which holds {found or 'nothing yet'}",
             )
     return int(ends.sum())
 
@@ -100,7 +103,8 @@ def no_sequence_parallelism_in_decode(ranks: Sequence[RankRecords]) -> int:
         num_checked += len(decodes)
         for record in rank.records:
             if record.track == "sp" and record.kind in (TRANSFER, WAIT):
-                _demand((record.tick, record.part) not in decodes, f"rank {rank.mesh.rank}: {_name(record)} in a decode")
+                allowed = (record.tick, record.part) not in decodes
+                _demand(allowed, f"rank {rank.mesh.rank}: {_name(record)} in a decode")
     return num_checked
 
 
@@ -133,8 +137,10 @@ def same_collectives_in_the_same_order(ranks: Sequence[RankRecords]) -> int:
         for member, order in zip(members[1:], orders[1:], strict=True):
             for number, (ours, theirs) in enumerate(zip(orders[0], order)):
                 num_checked += 1
-                _demand(ours == theirs, f"{name!r}: number {number} is {ours} on rank {members[0]}, {theirs} on rank {member}")
-            _demand(len(order) == len(orders[0]), f"{name!r}: {len(orders[0])} on rank {members[0]}, {len(order)} on {member}")
+                found = f"{ours} on rank {members[0]}, {theirs} on rank {member}"
+                _demand(ours == theirs, f"{name!r}: number {number} is {found}")
+            found = f"{len(orders[0])} on rank {members[0]}, {len(order)} on rank {member}"
+            _demand(len(order) == len(orders[0]), f"{name!r}: {found}")
     return num_checked
 
 
@@ -147,7 +153,7 @@ RULES: dict[str, Callable[[Sequence[RankRecords]], int]] = {
 }
 
 
-# -- tokens ----------------------------------------------------------------------------------------------------------------
+# -- tokens -----------------------------------------------------------------------------------------------------------
 
 
 def _begins(ranks: Iterable[RankRecords]) -> dict[int, float]:
@@ -183,7 +189,7 @@ def _last_inputs(part: MicroBatch) -> list[tuple[int, int]]:
     ]
 
 
-# -- pages -----------------------------------------------------------------------------------------------------------------
+# -- pages ------------------------------------------------------------------------------------------------------------
 
 
 def _slots_of(lanes: dict[int, RankRecords], rank: RankRecords, tick: int, part: int) -> dict[int, Token]:
@@ -209,7 +215,7 @@ def _tokens(part: MicroBatch) -> list[Token]:
     return [(sequence, position) for sequence, start, count in _runs(part) for position in range(start, start + count)]
 
 
-# -- communicators ---------------------------------------------------------------------------------------------------------
+# -- communicators ----------------------------------------------------------------------------------------------------
 
 
 def _communicators(ranks: Iterable[RankRecords]) -> list[tuple[str, list[int]]]:

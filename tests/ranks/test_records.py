@@ -1,5 +1,5 @@
-"""Counts, bytes and order of what ranks do, from the records of real runs in many layouts; and wrong schedules, which the
-same assertions find.
+"""Counts, bytes and order of what ranks do, from the records of real runs in many layouts; and wrong schedules, which
+the same assertions find.
 
 All cases run in one world of MPI ranks with strict communicators; what each rank recorded is looked at here.
 """
@@ -26,13 +26,13 @@ from tests.ranks.records import RankRecords, lane_ranks
 
 NUM_RANKS = 4
 # Pages for half of the tokens of all rows together: sequences are preempted and prefilled again.
-ENGINE = {"block_size": 4, "max_batch_tokens": 16, "max_sequences": 8, "max_context": 64}
-NUM_BLOCKS = 16
-PROMPT_LENS = (1, 26, 12, 5, 18, 9)
-MAX_TOKENS = 8
+ENGINE = {"block_size": 4, "max_batch_tokens": 16, "max_sequences": 8, "max_context": 44}
+NUM_BLOCKS = 12
+PROMPT_LENS = (1, 22, 12, 5, 17)
+MAX_TOKENS = 7
 EQUAL_LENS = (4, 4, 4, 4)
-"""For schedules that are wrong without a hang: all rows fit one step, and its parts, like those of all later ones, have the same
-size."""
+"""For schedules that are wrong without a hang: all rows fit one step, and its parts, like those of all later ones, have
+the same size."""
 LEAST_DECODE_STEPS = 5
 OFF, ON = {"two_batch": "off"}, {"two_batch": "2"}
 LANES = {"sp_min_tokens": 10}
@@ -114,7 +114,7 @@ def runs(models, tmp_path_factory) -> dict[str, list[RankRecords]]:
     }
 
 
-# -- counts and bytes ------------------------------------------------------------------------------------------------------
+# -- counts and bytes -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", RIGHT)
@@ -127,8 +127,7 @@ def test_operations_equal_the_formulas(name, runs, configs):
         found = operations_of(rank)
         seen = collections.Counter()
         for part in rank.parts():
-            expected = {(e.axis, e.verb, e.what, e.bytes): e.count for e in counts.operations(stage, part_of(rank, part))}
-            assert found.pop((part.tick, part.part), {}) == expected, (rank.mesh.rank, part)
+            assert found.pop((part.tick, part.part), {}) == expected_of(stage, part), (rank.mesh.rank, part)
             seen[part.is_prefill] += 1
             if stage.ep_spans_lanes and part.is_prefill:
                 check_routed(stage, rank, part, sent, returned)
@@ -145,11 +144,13 @@ def stage_of(config: ModelConfig, rank: RankRecords, layout: dict) -> Stage:
     )
 
 
-def part_of(rank: RankRecords, part: MicroBatch) -> Part:
-    return Part(
-        tokens=part.num_tokens, lane_tokens=part.lane_tokens, shared_lens=part.shared_lens, draws=int(part.samples.sum()),
-        is_prefill=part.is_prefill,
+def expected_of(stage: Stage, part: MicroBatch) -> dict[tuple, int]:
+    """(axis, verb, what, bytes) -> count, by the formulas."""
+    facts = Part(
+        tokens=part.num_tokens, lane_tokens=part.lane_tokens, shared_lens=part.shared_lens,
+        draws=int(part.samples.sum()), is_prefill=part.is_prefill,
     )
+    return {(e.axis, e.verb, e.what, e.bytes): e.count for e in counts.operations(stage, facts)}
 
 
 def operations_of(rank: RankRecords) -> dict[tuple[int, int], dict[tuple, int]]:
@@ -165,7 +166,8 @@ def operations_of(rank: RankRecords) -> dict[tuple[int, int], dict[tuple, int]]:
 
 
 def check_routed(stage: Stage, rank: RankRecords, part: MicroBatch, sent, returned) -> None:
-    """A token goes at least to one rank, and at most to as many as it has experts; rows are added to `sent` and `returned`."""
+    """A token goes to at least one rank, and at most to as many as it has experts. Adds to `sent` and `returned`: rows by
+    microbatch and layer."""
     own = counts.own_share(stage, part.num_tokens, rank.mesh.tp_rank)
     for record in rank.transfers("ep"):
         if (record.tick, record.part) == (part.tick, part.part) and record.name.endswith("dispatch"):
@@ -227,7 +229,7 @@ def test_the_formulas_by_hand():
     assert last == [Expected("pp", "recv", "activations", 1, 64 * 4096 * 2)]
 
 
-# -- order -----------------------------------------------------------------------------------------------------------------
+# -- order ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", RIGHT)
@@ -244,8 +246,11 @@ def test_real_runs_keep_all_rules(name, runs):
         assert any(r.track == "sp" for rank in ranks for r in rank.transfers())
     if layout["two_batch"] != "off":
         assert any(len(step.parts) == 2 for step in ranks[0].steps.values())
-    chunks = [part for part in lane_ranks(ranks)[0].parts() if part.is_prefill and (part.context_lens > 0).any()]
-    assert chunks
+    parts = [part for rank in lane_ranks(ranks).values() for part in rank.parts() if part.is_prefill]
+    assert any((part.context_lens > 0).any() for part in parts), "a chunk that is not a prompt's first"
+    firsts = [n for part in parts for n, start in zip(part.sequence_ids, part.context_lens, strict=True) if start == 0]
+    if "sp" not in layout:  # lanes have their pages each, enough for what they own
+        assert len(firsts) > len(PROMPT_LENS), "a sequence that was preempted"
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -259,8 +264,7 @@ def test_wrong_schedules_break_the_formulas_too(runs, configs):
         for rank in runs["gather in decode"]:
             stage, found = stage_of(configs["mixtral"], rank, {}), operations_of(rank)
             for part in rank.parts():
-                expected = counts.operations(stage, part_of(rank, part))
-                assert found[part.tick, part.part] == {(e.axis, e.verb, e.what, e.bytes): e.count for e in expected}
+                assert found[part.tick, part.part] == expected_of(stage, part)
 
 
 def test_a_wrong_schedule_starts_before_the_token_is_there(runs):
@@ -297,7 +301,7 @@ def test_doctored_records_break_the_rules(verb, change, runs):
     assert set(broken_rules(ranks)) == {rule}
 
 
-# -- two-batch overlap, measured at the start ------------------------------------------------------------------------------
+# -- two-batch overlap, measured at the start -------------------------------------------------------------------------
 
 
 def test_ranks_agree_on_the_smallest_divided_step(runs):

@@ -1,4 +1,4 @@
-"""Traces of real runs: they explain the wall time, count the operations that the layout implies, and link the stages."""
+"""Traces of real runs: they explain the wall time, count the operations that the layout implies, link the stages."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ def test_tp2_has_the_operations_of_a_llama_step(tp2):
 
 
 def test_tp2_has_the_bytes_of_a_llama_step(tp2):
-    one, other = ([r for r in trace.records() if r.kind == TRANSFER and r.track == "tp" and r.tick >= 0] for trace in tp2)
+    one, other = (
+        [r for r in trace.records() if r.kind == TRANSFER and r.track == "tp" and r.tick >= 0] for trace in tp2
+    )
     assert [(r.number, r.verb, r.name, r.shape, r.dtype, r.tick) for r in sorted(one, key=_number)] == [
         (r.number, r.verb, r.name, r.shape, r.dtype, r.tick) for r in sorted(other, key=_number)
     ], "both ranks issue the same operations in the same order"
@@ -108,8 +110,8 @@ def test_pp2_arrows_lead_from_stage_to_stage(pp2_folder):
     flows = match_flows(traces)
     for trace in traces:
         for record in trace.records():
-            flow = flows.get((trace.rank, record.track, record.verb, record.number)) if record.kind == TRANSFER else None
-            if flow is not None:
+            flow = flows.get((trace.rank, record.track, record.verb, record.number))
+            if flow is not None and record.kind == TRANSFER:
                 ends.setdefault(flow, {})[record.verb] = (trace.rank, record)
     num_sends = sum(int((trace.text("verb") == "send")[trace["kind"] == TRANSFER].sum()) for trace in traces)
     assert len(ends) == num_sends > 20, "every send has its receive"
@@ -125,9 +127,13 @@ def test_pp2_arrows_lead_from_stage_to_stage(pp2_folder):
 def test_no_tick_starts_before_the_tokens_it_needs(pp2_folder):
     """Tick n uses the tokens of tick n - 2: they have come before its first stage begins."""
     leader = load_start(pp2_folder / "trace")[0]
-    first = {int(tick): float(leader["start_s"][(leader["kind"] == COMPUTE) & (leader["tick"] == tick)].min()) for tick in step_ticks(leader)}
+    computing = leader["kind"] == COMPUTE
+    first = {
+        int(tick): float(leader["start_s"][computing & (leader["tick"] == tick)].min()) for tick in step_ticks(leader)
+    }
     arrived = {
-        record.tick: record.end_s for record in leader.records() if record.kind == TRANSFER and record.track == "tokens" and record.tick >= 0
+        record.tick: record.end_s for record in leader.records()
+        if record.kind == TRANSFER and record.track == "tokens" and record.tick >= 0
     }
     compared = [first[tick + 2] > arrived[tick] for tick in arrived if tick + 2 in first]
     assert len(compared) > 10 and all(compared)
@@ -135,15 +141,16 @@ def test_no_tick_starts_before_the_tokens_it_needs(pp2_folder):
 
 def test_the_verb_on_a_real_run(pp2_folder):
     result = subprocess.run(
-        [sys.executable, "-m", "hpcinfer", "trace", str(pp2_folder), "--json"], cwd=ROOT, env=rank_env(), capture_output=True,
-        text=True, timeout=60, check=False,
+        [sys.executable, "-m", "hpcinfer", "trace", str(pp2_folder), "--json"], cwd=ROOT, env=rank_env(),
+        capture_output=True, text=True, timeout=60, check=False,
     )
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     events = json.loads(Path(report["out"]).read_text())["traceEvents"]
     check(events)
     assert {event["ph"] for event in events} == {"M", "X", "s", "f"} and len(events) == report["events"]
-    assert [event["args"]["name"].split(" (")[0] for event in events if event["name"] == "process_name"] == ["rank 0", "rank 1"]
+    processes = [event["args"]["name"].split(" (")[0] for event in events if event["name"] == "process_name"]
+    assert processes == ["rank 0", "rank 1"]
 
 
 def test_a_failed_start_leaves_its_trace(tmp_path):

@@ -83,6 +83,8 @@ def test_figures_over_loopback(tmp_path):
         assert result["max_in_flight"] == result["in_flight"]
         assert (result["divided_steps"] > 0) == (variant == "two-batch")
         assert 0 <= result["leader_waited_share"] < 1
+        assert all(0 <= part < whole for part, whole in zip(result["progress_cpu_s"], result["cpu_s"], strict=True))
+    assert sum(sum(result["progress_cpu_s"]) for result in results.values()) > 0
     off, on = results["tp2 prefill 24", "off"], results["tp2 prefill 24", "two-batch"]
     assert off["tokens"] == on["tokens"] == 2 * 24 and on["divided_steps"] == 2
     for rank in range(2):
@@ -97,10 +99,10 @@ def test_figures_over_loopback(tmp_path):
     assert alone[0]["pp 0>1"]["bytes"] == alone[1]["pp 0>1"]["bytes"] == two[0]["pp 0>1"]["bytes"] == hidden_bytes
 
 
-def made_up(tokens, seconds, **more):
+def made_up(tokens, seconds):
     return {
         "tokens": tokens, "seconds": seconds, "leader_waited_s": 0.4 * seconds, "divided_steps": 0, "output": [[1, 2]],
-        "counters": {"max_in_flight": 1}, "ranks": [{"cpu_s": 1.0, "communicators": {}}] * 2, **more,
+        "counters": {"max_in_flight": 1}, "ranks": [{"cpu_s": 1.0, "progress_cpu_s": 0.1, "communicators": {}}] * 2,
     }
 
 

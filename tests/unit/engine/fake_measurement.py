@@ -1,4 +1,5 @@
-"""A stand-in for the clock and the layers that `engine.overlap` measures: each step takes the time that a test gives it."""
+"""A stand-in for the clock and the layers that `engine.overlap` measures: each step takes the time that a test
+gives it."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ def fake_measurement(patch: pytest.MonkeyPatch, duration_s: Callable[[Sequence[i
 
 
 def gain_from(num_tokens: int, *, share: float = 0.5, token_s: float = 1e-4) -> Callable[[Sequence[int]], float]:
-    """A machine on which a divided step of at least `num_tokens` tokens takes `share` less, and a smaller one as much more."""
+    """A divided step of at least `num_tokens` tokens takes `share` less than a whole one, a smaller one as much more."""
 
     def duration_s(parts: Sequence[int]) -> float:
         gain = share if sum(parts) >= num_tokens else -share

@@ -12,7 +12,7 @@ import torch
 
 from hpcinfer.comm.host import LocalHostChannel
 from hpcinfer.comm.local import LocalCommunicator
-from hpcinfer.engine.overlap import two_batch_tokens
+from hpcinfer.engine.overlap import with_two_batch
 from hpcinfer.parallel.axes import StageAxes
 from hpcinfer.scheduler.limits import SchedulerLimits
 from tests.unit.engine.fake_measurement import fake_measurement, gain_from
@@ -27,7 +27,7 @@ class Axis(LocalCommunicator):
 
 
 class Channel(LocalHostChannel):
-    """The channel of this rank and of another one, which is `slower` than it by a factor for a step as a whole, or divided."""
+    """The channel of this rank and of another one, which is slower than it by a factor, as a whole step or divided."""
 
     def __init__(self, *, whole: float = 1.0, divided: float = 1.0) -> None:
         super().__init__("control")
@@ -41,15 +41,21 @@ class Channel(LocalHostChannel):
 
 def limits(max_batch_tokens=256, num_blocks=65, max_context=512) -> SchedulerLimits:
     return SchedulerLimits(
-        num_blocks=num_blocks, block_size=16, max_batch_tokens=max_batch_tokens, max_sequences=8, max_context=max_context,
-        lag=1, eos_token_ids=frozenset(),
+        num_blocks=num_blocks, block_size=16, max_batch_tokens=max_batch_tokens, max_sequences=8,
+        max_context=max_context, lag=1, eos_token_ids=frozenset(),
     )
 
 
-def decide(setting="auto", *, axes=None, control=None, at_most=None) -> int:
-    model = SimpleNamespace(axes=axes or StageAxes(tp=Axis()), device=torch.device("cpu"))
+def decide(setting="auto", **more) -> int:
+    return decided(setting, **more).two_batch_tokens
+
+
+def decided(setting="auto", *, axes=None, control=None, at_most=None) -> SchedulerLimits:
+    model = SimpleNamespace(
+        axes=axes or StageAxes(tp=Axis()), device=torch.device("cpu"), forget_expert_load=lambda: None
+    )
     kv = SimpleNamespace(layout=SimpleNamespace(block_size=16))
-    return two_batch_tokens(setting, model, kv, at_most or limits(), control or Channel(), lane=0)
+    return with_two_batch(setting, model, kv, at_most or limits(), control or Channel(), lane=0)
 
 
 @pytest.mark.parametrize(("least", "found"), [(1, 32), (32, 32), (33, 64), (64, 64), (100, 128), (200, 256), (257, 0)])
@@ -70,12 +76,16 @@ def test_a_gain_within_the_noise_is_none(monkeypatch):
 
 @pytest.mark.parametrize(
     ("at_most", "found"),
-    [(limits(), 32), (limits(max_batch_tokens=96), 48), (limits(num_blocks=7), 48), (limits(max_context=80), 40), (limits(31), 0)],
+    [
+        (limits(), 32), (limits(max_batch_tokens=96), 48), (limits(num_blocks=7), 48), (limits(max_context=80), 40),
+        (limits(31), 0),
+    ],
 )
 def test_the_largest_step_is_what_the_limits_allow(monkeypatch, at_most, found):
     measured = fake_measurement(monkeypatch, gain_from(1))
     assert decide(at_most=at_most) == found
-    assert all(sum(parts) <= min(256, at_most.max_batch_tokens, at_most.num_tokens, at_most.max_context) for parts in measured)
+    most = min(at_most.max_batch_tokens, at_most.num_tokens, at_most.max_context)
+    assert all(sum(parts) <= most for parts in measured)
 
 
 def test_the_slowest_rank_decides(monkeypatch):
@@ -102,3 +112,15 @@ def test_nothing_is_measured_where_nothing_can_be_hidden(monkeypatch):
     assert not measured
     assert decide(axes=StageAxes(tp=LocalCommunicator("tp"), ep=Axis())) == 32
     assert measured
+
+
+def test_lanes_are_measured_with_a_prompt_that_they_share(monkeypatch):
+    measured = fake_measurement(monkeypatch, gain_from(1))
+    assert decide(axes=StageAxes(tp=LocalCommunicator("tp"), sp=Axis()), at_most=limits(max_context=180)) == 45
+    assert max(map(sum, measured)) == 90, "two lanes share 180 tokens"
+
+
+def test_decodes_alone_are_divided_only_where_the_job_says_so(monkeypatch):
+    fake_measurement(monkeypatch, gain_from(1))
+    assert not decided("auto").divide_decodes
+    assert decided("48").divide_decodes

@@ -9,11 +9,14 @@ from hypothesis import strategies as st
 
 from hpcinfer.observe.trace import HOST, IDLE, TICK
 from hpcinfer.observe.trace_analysis import (
-    analyse, axis_of, axis_time, both, layer_of, length, minus, operations_by_tick, rank_time, stage_times, step_ticks, union,
+    analyse, axis_of, axis_time, both, layer_of, length, minus, operations_by_tick, rank_time, stage_times, step_ticks,
+    union,
 )
 from tests.unit.observe.trace_makers import make_trace, segment, transfer, wait
 
-SPANS = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 12)).map(lambda pair: (pair[0], pair[0] + pair[1])), max_size=12)
+SPANS = st.lists(
+    st.tuples(st.integers(0, 40), st.integers(0, 12)).map(lambda pair: (pair[0], pair[0] + pair[1])), max_size=12
+)
 
 
 def points(spans) -> set[int]:
@@ -77,7 +80,8 @@ def test_axes_count_steps_only(tmp_path):
     for rank in (0, 1):
         records = [
             segment(100, 101, tick=0), segment(110, 111, tick=1), segment(120, 121, tick=1),
-            transfer(101, 104, tick=0, num_bytes=16), transfer(111, 112, tick=1, number=2), transfer(111, 113, tick=1, number=3),
+            transfer(101, 104, tick=0, num_bytes=16), transfer(111, 112, tick=1, number=2),
+            transfer(111, 113, tick=1, number=3),
             transfer(90, 95, tick=-1, number=0, num_bytes=1000), wait(90, 95, tick=-1), wait(102, 104 + rank, tick=0),
             wait(112, 113, tick=1), transfer(130, 131, track="pp 0>1", verb="send", tick=1, peer=1, num_bytes=40),
             transfer(140, 150, track="control", verb="broadcast", tick=7),
@@ -99,7 +103,9 @@ def test_a_bubble_is_time_without_own_work_between_first_and_last_segment(tmp_pa
         place = {"replica": 0, "stage": stage, "lane": 0, "tp": 0}
         return make_trace(tmp_path, records, rank=rank, coordinates=place)
 
-    first = rank_of(0, [segment(100, 120), wait(120, 130), segment(130, 140), (HOST, "", "read", 140.0, 150.0), segment(150, 200)], 0)
+    first = rank_of(
+        0, [segment(100, 120), wait(120, 130), segment(130, 140), (HOST, "", "read", 140.0, 150.0), segment(150, 200)], 0
+    )
     second = rank_of(
         1, [segment(110, 120), (TICK, "", "execute", 120.0, 150.0), wait(120, 150, track="pp 0>1"), segment(150, 160),
             wait(160, 190, track="control", kind=IDLE), segment(190, 210)], 1
@@ -111,7 +117,8 @@ def test_a_bubble_is_time_without_own_work_between_first_and_last_segment(tmp_pa
 
 
 def test_names_of_axes_and_layers():
-    assert [axis_of(name) for name in ("tp", "pp 10>11", "tokens 3", "world", "", "strange")] == ["tp", "pp", "tokens", "control", "", ""]
+    names = {"tp": "tp", "pp 10>11": "pp", "tokens 3": "tokens", "world": "control", "": "", "strange": ""}
+    assert {name: axis_of(name) for name in names} == names
     assert layer_of("layer 13 o") == (13, "o") and layer_of("embedding") is None
 
 

@@ -45,12 +45,16 @@ def check(events: list[dict]) -> None:
 
 def pipeline(folder, **header):
     """Two stages, two microbatches; the second rank posts both receives early."""
-    sends = [transfer(110 + 5 * k, 112 + 5 * k, track="pp 0>1", verb="send", peer=1, number=3 + k, tick=k) for k in (0, 1)]
+    sends = [
+        transfer(110 + 5 * k, 112 + 5 * k, track="pp 0>1", verb="send", peer=1, number=3 + k, tick=k) for k in (0, 1)
+    ]
     # In the order of their end the receives are swapped: the order of issue counts.
     receives = [transfer(101 + k, 120 - k, track="pp 0>1", verb="recv", peer=0, number=3 + k, tick=k) for k in (0, 1)]
-    first = make_trace(folder, [segment(100, 110), *sends, segment(110, 115, tick=1)], rank=0, communicators=LINKS, **header)
+    busy = [segment(100, 110), *sends, segment(110, 115, tick=1)]
+    first = make_trace(folder, busy, rank=0, communicators=LINKS, **header)
     second = make_trace(
-        folder, [*receives, wait(100, 119, track="pp 0>1"), segment(120, 130), wait(130, 180, track="control", kind=IDLE)],
+        folder,
+        [*receives, wait(100, 119, track="pp 0>1"), segment(120, 130), wait(130, 180, track="control", kind=IDLE)],
         rank=1, communicators=LINKS, **header,
     )
     return [first, second]
@@ -63,7 +67,8 @@ def events_of(path) -> list[dict]:
 def test_each_send_leads_to_its_receive(tmp_path):
     traces = pipeline(tmp_path)
     assert match_flows(traces) == {
-        (0, "pp 0>1", "send", 3): 1, (1, "pp 0>1", "recv", 3): 1, (0, "pp 0>1", "send", 4): 2, (1, "pp 0>1", "recv", 4): 2
+        (0, "pp 0>1", "send", 3): 1, (1, "pp 0>1", "recv", 3): 1,
+        (0, "pp 0>1", "send", 4): 2, (1, "pp 0>1", "recv", 4): 2,
     }
     count = write_chrome(tmp_path / "t.json", traces)
     events = events_of(tmp_path / "t.json")
@@ -80,7 +85,8 @@ def test_an_end_without_the_other_has_no_arrow(tmp_path):
     traces = pipeline(tmp_path)
     write_chrome(tmp_path / "t.json", traces[:1])
     assert not [e for e in events_of(tmp_path / "t.json") if e["ph"] in "sf"]
-    lost = make_trace(tmp_path, [transfer(101, 119, track="pp 0>1", verb="recv", peer=0, number=4)], rank=1, communicators=LINKS)
+    late = transfer(101, 119, track="pp 0>1", verb="recv", peer=0, number=4)
+    lost = make_trace(tmp_path, [late], rank=1, communicators=LINKS)
     lost.header["dropped"] = True
     assert set(match_flows([traces[0], lost])) == {(0, "pp 0>1", "send", 4), (1, "pp 0>1", "recv", 4)}
 
@@ -104,7 +110,8 @@ def test_only_the_last_ticks(tmp_path):
     events = events_of(tmp_path / "t.json")
     check(events)
     assert [e["args"]["tick"] for e in events if e["ph"] == "X" and e["cat"] == "compute"] == [3, 4]
-    assert [(e["ts"], e["dur"]) for e in events if e["ph"] == "X" and e["cat"] == "wait"] == [(0, 16e6)], "cut where the view begins"
+    waits = [(e["ts"], e["dur"]) for e in events if e["ph"] == "X" and e["cat"] == "wait"]
+    assert waits == [(0, 16e6)], "cut where the view begins"
 
 
 def test_the_check_sees_broken_files(tmp_path):
@@ -120,7 +127,10 @@ def test_the_check_sees_broken_files(tmp_path):
 
 def test_the_verb_prints_a_table_and_needs_no_torch(tmp_path):
     pipeline(tmp_path / "trace")
-    code = "import sys\nfor name in ('torch', 'mpi4py'): sys.modules[name] = None\nfrom hpcinfer.cli.main import main\nsys.exit(main(sys.argv[1:]))"
+    code = (
+        "import sys\nfor name in ('torch', 'mpi4py'): sys.modules[name] = None\n"
+        "from hpcinfer.cli.main import main\nsys.exit(main(sys.argv[1:]))"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code, "trace", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
     )

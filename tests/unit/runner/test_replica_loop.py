@@ -89,8 +89,8 @@ def test_a_leader_without_work_is_not_silent(failed, monkeypatch):
     writer = SimpleNamespace(set_state=lambda *_, **__: None, step_finished=lambda **_: None)
     loop = ReplicaLoop(
         replica=replica, feed=FakeFeed(failed, clock), ledger=SimpleNamespace(num_claimed_keys=0), segments=segments,
-        writer=writer, tokenizer=None, max_sequences=4, linger_s=1000, deadline_s=DEADLINE_S, failed_before=0, max_failed=10**9,
-        drain=DrainFlag(), clock=PhaseClock(), on_tick=lambda figures: None,
+        writer=writer, tokenizer=None, max_sequences=4, linger_s=1000, deadline_s=DEADLINE_S, failed_before=0,
+        max_failed=10**9, drain=DrainFlag(), clock=PhaseClock(), on_tick=lambda figures: None,
     )
     figures = loop.run()
     gaps = [later - earlier for earlier, later in zip(replica.spoke_at, replica.spoke_at[1:], strict=False)]
