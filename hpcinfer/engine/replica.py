@@ -17,7 +17,8 @@ from hpcinfer.observe.trace import TICK, Recorder, span
 from hpcinfer.request import Request
 from hpcinfer.sampling.sampler import SamplingBatch
 from hpcinfer.scheduler.message import TickMessage
-from hpcinfer.scheduler.scheduler import EndedSequence, Scheduler
+from hpcinfer.scheduler.scheduler import Scheduler
+from hpcinfer.scheduler.sequence import EndedSequence
 
 LEADER = 0
 _NO_DEADLINE = float("inf")
@@ -85,7 +86,7 @@ class Replica:
         while self._drawing:  # tokens in flight must be received before communicators close
             self.step([], drain=True)
         self._take(self._message(stop=True))
-        self._part()
+        self._leave()
 
     def follow(self, *, silence_s: float = _NO_DEADLINE) -> None:
         """Other ranks: take part in every tick until the leader stops.
@@ -101,9 +102,9 @@ class Replica:
         while (planned := ahead.next()) is not None:
             with span(self._recorder, "execute", TICK, tick=planned.step.tick):
                 self._worker.execute(planned, between=ahead.look)
-        self._part()
+        self._leave()
 
-    def _part(self) -> None:
+    def _leave(self) -> None:
         """The end, on every rank. They part together: one that is stuck is missed here, by a wait with a deadline."""
         self._worker.drain()
         self._control.barrier()

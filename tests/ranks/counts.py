@@ -1,8 +1,8 @@
 """The operations of one microbatch, written down once: the formulas of the table in ARCHITECTURE.md.
 
 Letters: T tokens of this lane, P of them on this rank (T, or ceil(T / tp) in the sequence form), S rows drawn, D model,
-V vocabulary, K key/value heads of this rank, H head dim, X shared tokens of the fullest lane, L layers of the stage, M of
-them mixtures, k experts of a token, b bytes of a number. Bytes are those of the tensor that a rank hands in.
+V vocabulary, K key/value heads of this rank, H head dim, X shared tokens of the fullest lane, L layers of the stage, M
+of them mixtures, k experts of a token, b bytes of a number. Bytes are those of the tensor that a rank hands in.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def operations(stage: Stage, part: Part) -> list[Expected]:
 
 
 def tensor_parallel(stage: Stage, part: Part) -> list[Expected]:
-    """2 reductions a layer, 1 for the embedding, 1 gather of logits; a mixture whose tokens travel ends in another way."""
+    """2 reductions a layer, 1 for the embedding, 1 gather of logits; a mixture whose tokens travel ends otherwise."""
     row_bytes = stage.hidden * stage.number_bytes
     travelling = stage.mixtures if stage.ep_spans_lanes else 0
     reductions = [

@@ -170,13 +170,14 @@ def _begins(ranks: Iterable[RankRecords]) -> dict[int, float]:
 
 
 def _draw(ranks: Iterable[RankRecords], tick: int, lane: int) -> tuple[float, list[int]]:
-    """When the tokens that `lane` draws in `tick` were known to the leader, and what they are."""
+    """When the leader had the tokens that `lane` draws in `tick`, and what they are."""
     sampler = next(rank for rank in ranks if rank.mesh.is_sampler and rank.mesh.lane == lane)
     leader = next(rank for rank in ranks if rank.mesh.is_leader)
-    times = [r.end_s for r in sampler.records if r.kind == COMPUTE and r.tick == tick and r.name == "sample"]
     link = f"tokens {lane}" if leader.mesh.sp > 1 else "tokens"
-    if sampler is not leader:
-        times += [r.end_s for r in leader.transfers(link) if r.tick == tick and r.verb == "recv"]
+    if sampler is leader:
+        times = [r.end_s for r in sampler.records if r.kind == COMPUTE and r.tick == tick and r.name == "sample"]
+    else:  # the drawing is recorded when the send has been issued, which is later
+        times = [r.end_s for r in leader.transfers(link) if r.tick == tick and r.verb == "recv"]
     return max(times), sampler.drawn[tick].tolist()
 
 

@@ -166,8 +166,8 @@ def operations_of(rank: RankRecords) -> dict[tuple[int, int], dict[tuple, int]]:
 
 
 def check_routed(stage: Stage, rank: RankRecords, part: MicroBatch, sent, returned) -> None:
-    """A token goes to at least one rank, and at most to as many as it has experts. Adds to `sent` and `returned`: rows by
-    microbatch and layer."""
+    """A token goes to at least one rank, and at most to as many as it has experts. Adds to `sent` and `returned`: rows
+    by microbatch and layer."""
     own = counts.own_share(stage, part.num_tokens, rank.mesh.tp_rank)
     for record in rank.transfers("ep"):
         if (record.tick, record.part) == (part.tick, part.part) and record.name.endswith("dispatch"):

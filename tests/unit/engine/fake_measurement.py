@@ -32,7 +32,8 @@ def fake_measurement(patch: pytest.MonkeyPatch, duration_s: Callable[[Sequence[i
 
 
 def gain_from(num_tokens: int, *, share: float = 0.5, token_s: float = 1e-4) -> Callable[[Sequence[int]], float]:
-    """A divided step of at least `num_tokens` tokens takes `share` less than a whole one, a smaller one as much more."""
+    """A divided step of at least `num_tokens` tokens takes `share` less than a whole one, a smaller one as
+    much more."""
 
     def duration_s(parts: Sequence[int]) -> float:
         gain = share if sum(parts) >= num_tokens else -share
