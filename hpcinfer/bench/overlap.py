@@ -178,7 +178,7 @@ class _Rig:
         replica, recorder = self._replica, self._traces and self._traces.recorder
         limits = dataclasses.replace(
             self._limits, lag=variant.lag, two_batch_tokens=variant.two_batch_tokens,
-            max_batch_tokens=scenario.batch_tokens,
+            divide_decodes=True, max_batch_tokens=scenario.batch_tokens,
         )
         scheduler = Scheduler(limits, self._groups.mesh.lane)
         scheduler._tick = replica.scheduler._tick  # ticks go on after a stop

@@ -15,6 +15,7 @@ from hpcinfer.errors import ConfigError
 from hpcinfer.layers.mlp import ACTIVATIONS
 from hpcinfer.layers.mxfp4 import BLOCK_BYTES, BLOCK_VALUES, unpack
 from hpcinfer.layers.shard import check_shape, copy_shard, part_range, part_size
+from hpcinfer.parallel.expert import expert_range
 
 # Gain of the sigmoid in gpt-oss's gating.
 _SWIGLU_ALPHA = 1.702
@@ -26,7 +27,7 @@ class Experts:
     Args:
         config: sizes, biases, activation.
         ranks, rank: over how many ranks the experts are spread, and which of them this is; it holds
-            part_range(E, ranks, rank), which may be none.
+            expert_range(E, ranks, rank), which may be none.
         slices, slice_rank: over how many ranks each expert's intermediate dim is split, and which part is here. The
             bias of the down projection is on slice 0 alone, so that the sum over slices has it once.
         dtype, device: of the weights.
@@ -46,7 +47,7 @@ class Experts:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.first, end = part_range(config.num_experts, ranks, rank)
+        self.first, end = expert_range(config.num_experts, ranks, rank)
         self.num_local = end - self.first
         """L."""
         self.size = part_size(config.expert_size, slices)

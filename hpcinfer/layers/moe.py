@@ -18,7 +18,6 @@ from hpcinfer.attention.metadata import AttentionMetadata
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.layers.experts import Experts
 from hpcinfer.layers.router import Router
-from hpcinfer.layers.shard import part_size
 from hpcinfer.parallel.axes import StageAxes
 from hpcinfer.parallel.expert import ExpertDispatch
 from hpcinfer.parallel.segments import Segments
@@ -62,7 +61,7 @@ class MoeMlp:
         self._dispatch = None
         if axes.ep_spans_lanes:
             self._dispatch = ExpertDispatch(
-                ep, experts_per_rank=part_size(config.num_experts, ep.size), label=f"layer {layer} experts"
+                ep, num_experts=config.num_experts, label=f"layer {layer} experts"
             )
 
     def forward(self, x: torch.Tensor, metadata: AttentionMetadata) -> Segments:

@@ -33,13 +33,15 @@ class ExpertDispatch:
 
     Args:
         ep: the ranks over which the experts are spread.
-        experts_per_rank: rank r has the experts from r * experts_per_rank on; the last ranks may have fewer, or none.
+        num_experts: E; rank r has those of expert_range(E, ranks, r).
         label: names the transfers in records and error reports.
     """
 
-    def __init__(self, ep: Communicator, *, experts_per_rank: int, label: str) -> None:
+    def __init__(self, ep: Communicator, *, num_experts: int, label: str) -> None:
         self.ep = ep
-        self._experts_per_rank = experts_per_rank
+        held = [end - start for start, end in (expert_range(num_experts, ep.size, rank) for rank in range(ep.size))]
+        self._owner = torch.arange(ep.size, device=ep.device).repeat_interleave(torch.tensor(held, device=ep.device))
+        """int64 [E]: the rank of each expert."""
         self._label = label
 
     def forward(
@@ -101,9 +103,16 @@ class ExpertDispatch:
     def _destinations(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
         """Rows to send, rank 0's first and each at most once a rank: int64 [sum], and how many go to each rank."""
         wanted = torch.zeros(ids.shape[0], self.ep.size, dtype=torch.bool, device=ids.device)
-        wanted.scatter_(1, ids // self._experts_per_rank, True)
+        wanted.scatter_(1, self._owner[ids], True)
         tokens = wanted.t().nonzero()[:, 1]
         return tokens, wanted.sum(0).tolist()
+
+
+def expert_range(num_experts: int, num_ranks: int, rank: int) -> tuple[int, int]:
+    """First and one past the last expert of `rank`: as even as can be, the first ranks have one more."""
+    each, more = divmod(num_experts, num_ranks)
+    start = rank * each + min(rank, more)
+    return start, start + each + (rank < more)
 
 
 def pack(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

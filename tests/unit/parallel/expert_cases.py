@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from hpcinfer.comm.communicator import Communicator
-from hpcinfer.parallel.expert import ExpertDispatch
+from hpcinfer.parallel.expert import ExpertDispatch, expert_range
 from hpcinfer.parallel.segments import Segments
 
 WIDTH = 6
@@ -53,9 +53,8 @@ class Tokens:
 
     def forward(self, ep: Communicator, *, gathered: bool) -> Segments:
         """The dispatch of rank `ep.rank`."""
-        share = -(-self.num_experts // self.size)
-        held = range(ep.rank * share, min((ep.rank + 1) * share, self.num_experts))
-        dispatch = ExpertDispatch(ep, experts_per_rank=share, label="experts")
+        held = range(*expert_range(self.num_experts, self.size, ep.rank))
+        dispatch = ExpertDispatch(ep, num_experts=self.num_experts, label="experts")
         x, ids, weights = (t.split(self.rows)[ep.rank] for t in (self.x, self.ids, self.weights))
 
         def compute(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hpcinfer.comm.local import LocalCommunicator
-from hpcinfer.parallel.expert import ExpertDispatch, pack, unpack
+from hpcinfer.parallel.expert import ExpertDispatch, expert_range, pack, unpack
 from tests.unit.layers.lockstep import LockstepCommunicator, run_lockstep
 from tests.unit.parallel.expert_cases import CASES, Tokens
 
@@ -52,7 +52,7 @@ def test_a_token_goes_once_to_a_rank():
     for rank in range(3):
         own = x if rank == 0 else nothing
         ids, weights = torch.tensor([[0, 2, 3]])[: len(own)], torch.tensor([[0.5, 0.25, 0.125]])[: len(own)]
-        dispatch = ExpertDispatch(Spy(rank, 3, "ep"), experts_per_rank=2, label="e")
+        dispatch = ExpertDispatch(Spy(rank, 3, "ep"), num_experts=6, label="e")
         forwards.append(dispatch.forward(own, ids, weights, compute(rank), rows=(1, 0, 0), gathered=False))
     run_lockstep(forwards)
     assert ("e dispatch", 0, [1, 1, 0]) in sent and ("e combine", 1, [1, 0, 0]) in sent
@@ -73,7 +73,7 @@ def test_padding_of_a_bucket_is_nobody():
 
     forwards = []
     for rank, count in enumerate((2, 0)):
-        dispatch = ExpertDispatch(LockstepCommunicator(rank, 2, "ep"), experts_per_rank=1, label="e")
+        dispatch = ExpertDispatch(LockstepCommunicator(rank, 2, "ep"), num_experts=2, label="e")
         ids = torch.ones(count, 1, dtype=torch.int64)
         forwards.append(
             dispatch.forward(torch.ones(count, 3), ids, torch.ones(count, 1), compute(rank), rows=(2, 0), gathered=True)
@@ -93,3 +93,12 @@ def test_packing(dtype, count):
     assert packed.dtype == torch.uint8 and packed.shape == (count, 5 * dtype.itemsize + 3 * (4 + wide.itemsize))
     for got, given in zip(unpack(packed, 5, dtype, wide), (x, ids, weights)):
         assert got.dtype == given.dtype and torch.equal(got, given)
+
+
+@pytest.mark.parametrize("num_experts", [1, 2, 5, 7, 8, 128])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 48])
+def test_experts_are_spread_evenly(num_experts, num_ranks):
+    ranges = [expert_range(num_experts, num_ranks, rank) for rank in range(num_ranks)]
+    assert [expert for start, end in ranges for expert in range(start, end)] == list(range(num_experts))
+    held = [end - start for start, end in ranges]
+    assert held == sorted(held, reverse=True) and max(held) - min(held) <= 1
