@@ -180,8 +180,8 @@ class _Rig:
             self._limits, lag=variant.lag, two_batch_tokens=variant.two_batch_tokens,
             divide_decodes=True, max_batch_tokens=scenario.batch_tokens,
         )
-        scheduler = Scheduler(limits, self._groups.mesh.lane)
-        scheduler._tick = replica.scheduler._tick  # ticks go on after a stop
+        # Ticks go on after a stop.
+        scheduler = Scheduler(limits, self._groups.mesh.lane, first_tick=replica.scheduler.next_tick)
         replica.scheduler = scheduler
         self._world.channel.barrier()
         if recorder is not None:

@@ -97,6 +97,8 @@ class ShardedStream(TokenStream):
         return total
 
     def select(self, x: torch.Tensor, rows: torch.Tensor, num_tokens: int, *, label: str) -> Segments:
+        if not len(rows):  # the same on all ranks
+            return x.new_empty((0, x.shape[1]))
         gathered = yield from self.gather(x, num_tokens, label=label)
         return gathered[rows]
 

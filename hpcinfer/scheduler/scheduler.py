@@ -41,9 +41,10 @@ class Scheduler:
     Args:
         limits: agreed over the replica.
         lane: whose microbatches `schedule()` makes; decisions do not depend on it.
+        first_tick: number of the first message.
     """
 
-    def __init__(self, limits: SchedulerLimits, lane: int = 0) -> None:
+    def __init__(self, limits: SchedulerLimits, lane: int = 0, *, first_tick: int = 0) -> None:
         self.limits = limits
         self.lane = lane
         self.pages = LanePages(limits)
@@ -53,7 +54,7 @@ class Scheduler:
         self._prefilling: dict[int, Sequence] = {}  # those of them whose prefill is not complete
         self._by_id: dict[int, Sequence] = {}
         self._next_id = 0
-        self._tick = -1
+        self._tick = first_tick - 1
         self._digest = 0
         self._in_flight: collections.deque[_InFlight] = collections.deque()
 
@@ -63,6 +64,11 @@ class Scheduler:
     def num_sequences(self) -> int:
         """Sequences waiting or running."""
         return len(self._by_id)
+
+    @property
+    def next_tick(self) -> int:
+        """Number of the message that `apply` takes next."""
+        return self._tick + 1
 
     @property
     def num_waiting(self) -> int:

@@ -106,7 +106,7 @@ def tensor_parallel(stage: Stage, part: Part) -> list[Expected]:
     if stage.sequence_form:
         gathers = [
             ("qkv gather", stage.layers), ("mlp gather", stage.layers - travelling),
-            ("head gather", int(stage.is_last)),
+            ("head gather", int(stage.is_last and part.draws > 0)),
         ]
         return [
             *(Expected("tp", "reduce_scatter", what, n, share * stage.tp * row_bytes) for what, n in reductions),
