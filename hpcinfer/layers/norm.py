@@ -40,6 +40,15 @@ class RmsNorm:
         return rms_norm(x, self.weight, self.eps)
 
 
+class WideRmsNorm(RmsNorm):
+    """RMSNorm whose weight multiplies before the rounding to x's dtype, as gpt-oss has it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        scale = wide.pow(2).mean(-1, keepdim=True).add_(self.eps).rsqrt_()
+        return (wide * scale).mul_(self.weight).to(x.dtype)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Normalise the last dim of x. `weight` broadcasts against x.
 

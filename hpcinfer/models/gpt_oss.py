@@ -17,7 +17,7 @@ from hpcinfer.errors import CheckpointError
 from hpcinfer.layers.experts import Experts
 from hpcinfer.layers.moe import MoeMlp
 from hpcinfer.layers.mxfp4 import BLOCK_BYTES, BLOCK_VALUES, unpack
-from hpcinfer.layers.norm import RmsNorm
+from hpcinfer.layers.norm import WideRmsNorm
 from hpcinfer.models.base import WeightLoader
 from hpcinfer.models.decoder import DecoderLayer
 from hpcinfer.models.llama import LlamaStage, linear_shapes
@@ -73,15 +73,6 @@ class GptOssStage(LlamaStage):
             else:
                 shapes[f"mlp.experts.{name}"] = (num, columns, rows)
         return shapes
-
-
-class WideRmsNorm(RmsNorm):
-    """RMSNorm whose weight multiplies before the rounding to x's dtype, as this family has it."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        scale = wide.pow(2).mean(-1, keepdim=True).add_(self.eps).rsqrt_()
-        return (wide * scale).mul_(self.weight).to(x.dtype)
 
 
 class PackedLoader:

@@ -21,8 +21,9 @@ class Committer:
     changes for the run (counts, the ledger) is done by the main thread, with what `take_committed` gives. Whatever
     ends the thread before its time is kept for `take_failure`; what was not committed stays in the queue.
 
-    Building a segment is part of the thread's work: measured, the loop never lost more by sharing the interpreter and
-    HDF5's lock with it than by building the segment itself, and less while its kernels run without the interpreter.
+    Building a segment is part of the thread's work: it shares the interpreter and HDF5's lock with the loop, which on
+    average costs the loop about as much as building it itself, and less while kernels run without the interpreter; but
+    the longest stall of a step is about halved.
 
     Args:
         retry_s: how long the storage may refuse.
