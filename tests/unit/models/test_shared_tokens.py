@@ -80,8 +80,11 @@ def test_logits_are_those_of_one_lane(tmp_path, variant, sequence_form):
             inputs = StageInputs.from_microbatch(lane_microbatch(lane), block_size=BLOCK, device=CPU, lane=lane)
             forwards.append(model.forward(inputs, pool))
             pools.append(pool)
-        # Only lane 0 draws, and only it gathers logits; the lanes take the same steps until then.
-        results = run_lockstep([_until_logits(forward, index // TP) for index, forward in enumerate(forwards)], log)
+        # Only lane 0 draws, and only it gathers for its head; the lanes take the same steps until then.
+        head_gathers = 2 if sequence_form else 1  # of the stream, and of the logits
+        results = run_lockstep(
+            [_until_logits(forward, head_gathers if index // TP else 0) for index, forward in enumerate(forwards)], log
+        )
     for result in results[:TP]:
         torch.testing.assert_close(result, wanted, rtol=0, atol=1e-5)
     assert sum(label.endswith(" kv") for _, label, *_ in log) == 3 * TP
@@ -90,9 +93,9 @@ def test_logits_are_those_of_one_lane(tmp_path, variant, sequence_form):
         assert keys.isnan().sum() * 24 == keys.numel(), "every lane has the keys of all 23 tokens of 24"
 
 
-def _until_logits(forward, lane: int):
+def _until_logits(forward, num_skipped: int):
     result = yield from forward
-    if lane:
-        # The lane that draws nothing waits for the other's gather of logits.
+    for _ in range(num_skipped):
+        # The lane that draws nothing waits for the other's gathers.
         yield FinishedHandle(None)
     return result
