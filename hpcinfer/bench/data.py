@@ -16,6 +16,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from hpcinfer.config.job import CommSection
 from hpcinfer.data.convert.driver import convert
 from hpcinfer.data.ledger.coverage import Coverage
 from hpcinfer.data.ledger.claims import Ledger
@@ -117,8 +118,8 @@ def _loop(run: RunDirectory, prompts: Path, num_rows: int, model: str) -> int:
         )
         ReplicaLoop(
             replica=replica, feed=feed, ledger=ledger, segments=segments, writer=writer, tokenizer=tokenizer,
-            max_sequences=_STUB_SEQUENCES, linger_s=0.0, failed_before=0, max_failed=0, drain=DrainFlag(), clock=PhaseClock(),
-            on_tick=lambda figures: None,
+            max_sequences=_STUB_SEQUENCES, linger_s=0.0, failed_before=0, max_failed=0, drain=DrainFlag(),
+            clock=PhaseClock(), deadline_s=CommSection().deadline_s, on_tick=lambda figures: None,
         ).run()
     writer.leave()
     return segments.num_committed

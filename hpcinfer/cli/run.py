@@ -13,7 +13,7 @@ import contextlib
 import json
 import sys
 
-from hpcinfer.errors import ExitCode
+from hpcinfer.errors import DataError, ExitCode
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +71,7 @@ def _run(args: argparse.Namespace, environment, place) -> int:
     if place.rank == 0:
         try:
             _report(args, summary)
-        except OSError as error:  # the work is done and its exit code stands, whoever cannot be told
+        except (OSError, DataError) as error:  # the work is done and its exit code stands, whoever cannot be told
             with contextlib.suppress(OSError):
                 print(f"hpcinfer: the summary cannot be written: {error}", file=sys.stderr)
     return ExitCode.DONE if summary.complete else ExitCode.RESUMABLE

@@ -27,6 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Prints the table and writes the file. Returns 0."""
+    from hpcinfer.data.hdf5 import whole_file
     from hpcinfer.observe.trace_analysis import analyse, to_plain
     from hpcinfer.observe.trace_chrome import write_chrome
     from hpcinfer.observe.trace_file import load_start, on_common_clock
@@ -37,7 +38,8 @@ def execute(args: argparse.Namespace) -> int:
     traces = [on_common_clock(trace) for trace in load_start(folder, args.start)]
     report = analyse(traces)
     out = Path(args.out or folder / f"{report.start}.json")
-    num_events = write_chrome(out, traces, last_ticks=args.last)
+    with whole_file(out) as temporary:
+        num_events = write_chrome(temporary, traces, last_ticks=args.last)
     if args.json:
         print(json.dumps({**to_plain(report), "out": str(out), "events": num_events}))
     else:
@@ -68,6 +70,8 @@ def _text(report) -> str:
         ("replica", "stage", "window s", "bubble"),
         [(stage.replica, stage.stage, f"{stage.window_s:.3f}", f"{stage.bubble:.1%}") for stage in report.stages],
     )]
+    if report.missing:
+        lines += ["", f"ranks without a trace, which the figures leave out: {', '.join(map(str, report.missing))}"]
     if any(rank.dropped for rank in report.ranks):
         lines += ["", "there were more records than are kept: the oldest are missing"]
     return "\n".join(lines)

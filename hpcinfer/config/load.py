@@ -27,7 +27,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
             tables = tomllib.loads(file.read())
     except OSError as error:
         raise ConfigError(f"cannot read the job file {path}", found=str(error), fix="give the path of a TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # of TOML, of UTF-8, or a number of thousands of digits
         raise ConfigError(f"the job file {path} is not valid TOML", found=str(error)) from error
     except RecursionError as error:
         raise ConfigError(f"the job file {path} nests too deeply") from error
@@ -61,7 +61,7 @@ def job_to_tables(job: JobConfig) -> dict[str, Any]:
 def _toml_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError, KeyError):
+    except (ValueError, RecursionError, KeyError):
         return text
 
 

@@ -199,7 +199,7 @@ class ModelConfig:
             raise CheckpointError(f"{source}: the key {error.args[0]!r} is missing") from None
         except CheckpointError as error:
             raise CheckpointError(f"{source}: {error.problem}", found=error.found, fix=error.fix) from None
-        except (TypeError, ValueError, ZeroDivisionError) as error:
+        except (TypeError, ValueError, MemoryError, ZeroDivisionError) as error:
             raise CheckpointError(f"{source}: a value is not what it should be", found=str(error)) from None
 
     def check_tp(self, tp: int) -> None:
@@ -248,7 +248,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _family(raw: Mapping[str, Any], source: str) -> str:
-    names = list(raw.get("architectures") or [])
+    names = raw.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{source}: architectures is not a list of names", found=repr(names)[:200])
     if not names:
         names = [name for name, reader in READERS.items() if reader.model_type == raw.get("model_type")]
     for name in names:

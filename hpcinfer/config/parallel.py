@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.errors import ConfigError
@@ -76,7 +77,7 @@ class ParallelConfig:
                 "other lanes would put a transfer into every layer of every token",
                 fix='leave sp_phase at "prefill": in decode every lane works on sequences of its own',
             )
-        if self.two_batch not in ("auto", "off") and not self.two_batch.isdecimal():
+        if not re.fullmatch(r"auto|off|[0-9]{1,9}", self.two_batch):
             raise ConfigError(
                 f"parallel.two_batch = {self.two_batch!r}", fix='give "auto", "off" or the smallest number of tokens'
             )
@@ -123,5 +124,5 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
     if parallel.ep > max(model.num_experts, 1):
         raise ConfigError(
             f"parallel.ep = {parallel.ep} leaves ranks without an expert", found=f"{model.num_experts} experts",
-            fix="set parallel.ep = 1, or lower parallel.tp or parallel.sp",
+            fix=f"set parallel.ep = {parallel.tp if 1 < parallel.tp <= model.num_experts else 1}, or lower parallel.tp or sp",
         )

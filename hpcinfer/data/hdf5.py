@@ -143,9 +143,11 @@ def whole_file(path: str | os.PathLike, *, suffix: str = ".tmp") -> Iterator[Pat
     also after a crash. When the body fails the temporary file is removed.
 
     Raises:
-        DataError: the folder is missing, not writable or full.
+        DataError: the folder is missing, not writable or full; or `path` is a folder or a device.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # a rename would put a plain file in the place of a device
+        raise DataError(f"cannot write {path}", found="it is not a plain file", fix="give the path of a file")
     temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}{suffix}")
     done = False
     try:
@@ -160,7 +162,9 @@ def whole_file(path: str | os.PathLike, *, suffix: str = ".tmp") -> Iterator[Pat
         finally:
             os.close(folder)
     except OSError as error:
-        raise DataError(f"cannot write {path}", found=str(error)) from error
+        raise DataError(
+            f"cannot write {path}", found=error.strerror or str(error), fix="give a path in a folder that you can write to"
+        ) from error
     finally:
         if not done:
             with contextlib.suppress(OSError):

@@ -28,7 +28,7 @@ _REPEATS = 3
 _LEAST_GAIN = 0.03
 """The divided step must be shorter by this share: less is within the noise of a measurement."""
 _LEAST_TOKENS = 32
-_LONGEST_S = 0.5
+_LONGEST_S = 1.5
 
 
 def with_two_batch(

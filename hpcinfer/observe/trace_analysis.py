@@ -85,6 +85,8 @@ class TraceReport:
     ranks: tuple[RankTime, ...]
     axes: tuple[AxisTime, ...]
     stages: tuple[StageTime, ...]
+    missing: tuple[int, ...]
+    """Ranks of the start that have no trace."""
 
 
 def analyse(traces: Sequence[Trace]) -> TraceReport:
@@ -95,6 +97,7 @@ def analyse(traces: Sequence[Trace]) -> TraceReport:
         ranks=tuple(rank_time(trace) for trace in traces),
         axes=tuple(time for axis in AXES if (time := axis_time(traces, axis)) is not None),
         stages=stage_times(traces),
+        missing=tuple(sorted(set(range(traces[0].header["num_ranks"])) - {trace.rank for trace in traces})),
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -30,7 +29,7 @@ Flows = dict[tuple[int, str, str, int], int]
 
 
 def write_chrome(path: Path, traces: Sequence[Trace], *, last_ticks: int = 0) -> int:
-    """Write the traces of one start, all on one clock, as a JSON object. The file appears whole.
+    """Write the traces of one start, all on one clock, as a JSON object.
 
     Args:
         traces: on one clock (`trace_file.on_common_clock`).
@@ -42,14 +41,8 @@ def write_chrome(path: Path, traces: Sequence[Trace], *, last_ticks: int = 0) ->
     first_s = _start_of(traces, last_ticks) if last_ticks else -np.inf
     zero_s = max(first_s, min(trace.header["start_s"] for trace in traces))
     flows = match_flows(traces, first_s)
-    temporary = path.with_name(f".tmp-{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            count = _write(file, traces, flows, first_s, zero_s)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return count
+    with open(path, "w", encoding="utf-8") as file:
+        return _write(file, traces, flows, first_s, zero_s)
 
 
 def match_flows(traces: Sequence[Trace], first_s: float = -np.inf) -> Flows:

@@ -37,6 +37,12 @@ _TYPES = {"kind": np.uint8, "tick": np.int64, "part": np.int8, "bytes": np.int64
 _NAME = re.compile(r"(?P<start>.+)-rank(?P<rank>\d+)\.npz")
 
 
+_FACTS = (
+    "rank", "num_ranks", "host", "started", "layout", "coordinates", "communicators", "start_s", "end_s", "clock", "dropped",
+)
+"""What every header has."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Trace:
     """The records of one rank, R of them, by start. Columns are arrays [R] with the names of `trace.Record`."""
@@ -111,11 +117,16 @@ def load_trace(path: Path) -> Trace:
         raise DataError(f"{path} is not a trace", found=f"{type(error).__name__}: {error}") from error
     except Exception as error:  # zipfile and zlib have errors of their own
         raise DataError(f"{path} is damaged", found=f"{type(error).__name__}: {error}") from error
+    if not isinstance(header, dict):
+        raise DataError(f"{path} is not a trace", found=f"a header that is a JSON {type(header).__name__}")
     if header.get("format") != FORMAT or header.get("version") != VERSION:
         raise DataError(
             f"{path} was written by another version of hpcinfer", found=f"version {header.get('version')!r}",
             fix=f"this one reads version {VERSION}",
         )
+    missing = [name for name in _FACTS if name not in header]
+    if missing:
+        raise DataError(f"{path} is damaged", found=f"a header without {', '.join(missing)}")
     return Trace(header=header, columns=columns, texts=texts)
 
 
@@ -137,7 +148,17 @@ def load_start(folder: Path, start: str = "") -> list[Trace]:
         raise DataError(f"no traces in {folder}", fix="run the job with --trace, or --set run.trace=true")
     if start and start not in starts:
         raise DataError(f"no trace of a start {start!r} in {folder}", found=", ".join(sorted(starts)))
-    return [load_trace(path) for _, path in sorted(starts[start or max(starts)])]
+    start = start or max(starts)
+    traces = []
+    for rank, path in sorted(starts[start]):
+        trace = load_trace(path)
+        if (trace.rank, trace.header["started"]) != (rank, start):
+            raise DataError(
+                f"{path} is another rank's trace", found=f"rank {trace.rank} of start {trace.header['started']!r}",
+                fix="remove the file, or give it back its name",
+            )
+        traces.append(trace)
+    return traces
 
 
 def on_common_clock(trace: Trace) -> Trace:

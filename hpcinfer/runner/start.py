@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -132,7 +131,8 @@ def _run_in_ranks(job: str | Path, overrides: Sequence[str], quiet: bool) -> Run
 
 
 def write_summary(path: str | Path, summary: RunSummary) -> None:
-    """Write a summary as JSON, whole or not at all."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(summary.to_dict(), indent=1) + "\n")
-    os.replace(temporary, path)
+    """Write a summary as JSON, whole or not at all. Raises DataError where that cannot be."""
+    from hpcinfer.data.hdf5 import whole_file
+
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(summary.to_dict(), indent=1) + "\n")

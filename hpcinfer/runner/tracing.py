@@ -40,7 +40,6 @@ def recording(
         return
     clock = [measure_clock(world.channel)]
     recorder = Recorder()
-    start_unix_s = time.time()
     if world.progress is not None:
         world.progress.recorder = recorder
     complete = False
@@ -51,22 +50,29 @@ def recording(
     finally:
         if world.progress is not None:
             world.progress.recorder = None
-        end_s, end_unix_s = time.perf_counter(), time.time()
+        header = trace_header(world, groups, recorder, started=started, complete=complete)
         if complete:
             clock.append(measure_clock(world.channel))
-        header = {
-            "rank": world.rank, "host": world.host, "boot_id": boot_id(), "started": started,
-            **_place(groups), "start_s": recorder.start_s, "end_s": end_s, "start_unix_s": start_unix_s,
-            "end_unix_s": end_unix_s, "clock": clock, "same_clock": clock[0]["boot_id"] == boot_id(),
-            "complete": complete,
-            "versions": {
-                "hpcinfer": hpcinfer.__version__, "python": platform.python_version(), "numpy": np.__version__,
-            },
-        }
+        header.update(clock=clock, same_clock=clock[0]["boot_id"] == boot_id())
         try:
             save_trace(run.path / FOLDER, recorder, header)
         except OSError as error:
             log.warning("the trace of this rank cannot be written: %s", error)
+
+
+def trace_header(
+    world: World, groups: ReplicaGroups, recorder: Recorder, *, started: str, complete: bool
+) -> dict[str, Any]:
+    """What the file of this rank says of it; the recording ends now. `clock` and `same_clock` are still to be added."""
+    end_s, end_unix_s = time.perf_counter(), time.time()
+    return {
+        "rank": world.rank, "num_ranks": world.size, "host": world.host, "boot_id": boot_id(), "started": started,
+        **_place(groups), "start_s": recorder.start_s, "end_s": end_s,
+        "start_unix_s": end_unix_s - (end_s - recorder.start_s), "end_unix_s": end_unix_s, "complete": complete,
+        "versions": {
+            "hpcinfer": hpcinfer.__version__, "python": platform.python_version(), "numpy": np.__version__,
+        },
+    }
 
 
 def measure_clock(channel: HostChannel) -> dict[str, Any]:

@@ -49,6 +49,14 @@ def test_overrides_reach_any_key(tmp_path):
         (["data.output=p"], "a path of its own"),
         (["sampling.top_k=99999999999999999999999"], "below 2**31"),
         (["parallel.pp=2", "parallel.layer_split=[4]"], "2 numbers"),
+        (["parallel.sp_phase=decode"], "one token a sequence"),
+        (["parallel.ep=2"], "one of 1"),
+        (["parallel.tp=2", "parallel.sp=2", "parallel.ep=3"], "one of 1, 2, 4"),
+        (["parallel.sequence_form=true"], "tp to 2 or more"),
+        (["parallel.two_batch=some"], "the smallest number of tokens"),
+        (["parallel.two_batch=" + "9" * 5000], "the smallest number of tokens"),
+        (["parallel.microbatches=17"], "at most 16"),
+        (["model.experts=some"], "unpacked, packed"),
     ],
 )
 def test_wrong_values_say_what_is_valid(tmp_path, overrides, words):
@@ -64,6 +72,13 @@ def test_wrong_values_say_what_is_valid(tmp_path, overrides, words):
 def test_an_override_of_the_wrong_form_is_a_usage_error(override):
     with pytest.raises(UsageError, match="section.key=value"):
         apply_override({}, override)
+
+
+def test_numbers_without_end_are_refused(tmp_path):
+    path = tmp_path / "job.toml"
+    path.write_text(f'[model]\npath = "m"\n[data]\nprompts = "p"\noutput = "o"\n[parallel]\ntp = {"9" * 5000}\n')
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_job(path, [])
 
 
 def test_missing_keys_and_files_are_named(tmp_path):

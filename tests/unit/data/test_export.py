@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
+import stat
 
 import numpy as np
 import pytest
 
 from hpcinfer.data.export import ExportOptions, export_jsonl
 from hpcinfer.data.generations import encode_generations
+from hpcinfer.data.hdf5 import whole_file
 from hpcinfer.data.prompts.prompts_writer import PromptsWriter
 from hpcinfer.errors import DataError
 from hpcinfer.request import FinishReason, Generation, Status
@@ -114,3 +116,11 @@ def test_a_damaged_source_leaves_no_destination(tmp_path, source):
     with pytest.raises(DataError):
         export_jsonl(source, tmp_path / "out.jsonl")
     assert os.listdir(tmp_path) == ["generations.h5"]
+
+
+def test_what_is_not_a_plain_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, "/"):
+        with pytest.raises(DataError, match="not a plain file"), whole_file(path):
+            raise AssertionError("nothing may be written")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)

@@ -185,6 +185,28 @@ def test_a_damaged_file_is_named(tmp_path, damage):
         load_trace(path)
 
 
+@pytest.mark.parametrize("header", ["[]", "null", '"text"', None], ids=["list", "null", "text", "facts missing"])
+def test_a_header_that_is_none_is_named(tmp_path, header):
+    make_trace(tmp_path, [segment(1.0, 2.0)])
+    path = tmp_path / "20260101T000000-rank0.npz"
+    with np.load(path) as file:
+        arrays = dict(file)
+    if header is None:
+        facts = json.loads(arrays["header"].tobytes())
+        del facts["clock"], facts["coordinates"]
+        header = json.dumps(facts)
+    np.savez(path, **{**arrays, "header": np.frombuffer(header.encode(), np.uint8)})
+    with pytest.raises(DataError, match="rank0.npz"):
+        load_trace(path)
+
+
+def test_a_file_under_another_name_is_refused(tmp_path):
+    make_trace(tmp_path, [segment(1.0, 2.0)])
+    (tmp_path / "20260101T000000-rank0.npz").rename(tmp_path / "20270101T000000-rank0.npz")
+    with pytest.raises(DataError, match="20260101T000000"):
+        load_start(tmp_path)
+
+
 def test_times_of_another_host_move_to_rank_0s_clock(tmp_path):
     clock = [{"at_s": 100.0, "offset_s": 10.0}, {"at_s": 200.0, "offset_s": 20.0}]
     trace = make_trace(tmp_path, [segment(150.0, 160.0), transfer(200.0, 200.0)], clock=clock, same_clock=False)

@@ -116,6 +116,10 @@ def test_a_bubble_is_time_without_own_work_between_first_and_last_segment(tmp_pa
     assert stages[1].bubble == pytest.approx(0.6)
 
 
+def test_ranks_without_a_trace_are_named(tmp_path):
+    assert analyse([make_trace(tmp_path, [segment(1.0, 2.0)], num_ranks=3, rank=1)]).missing == (0, 2)
+
+
 def test_names_of_axes_and_layers():
     names = {"tp": "tp", "pp 10>11": "pp", "tokens 3": "tokens", "world": "control", "": "", "strange": ""}
     assert {name: axis_of(name) for name in names} == names

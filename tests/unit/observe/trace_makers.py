@@ -8,7 +8,7 @@ from hpcinfer.observe.trace import COMPUTE, TRANSFER, WAIT, Recorder
 from hpcinfer.observe.trace_file import Trace, load_trace, save_trace
 
 HEADER = {
-    "rank": 0, "host": "node0", "boot_id": "a", "started": "20260101T000000", "layout": "dp 1 x pp 1 x sp 1 x tp 2",
+    "rank": 0, "num_ranks": 2, "host": "node0", "boot_id": "a", "started": "20260101T000000", "layout": "dp 1 x pp 1 x sp 1 x tp 2",
     "coordinates": {"replica": 0, "stage": 0, "lane": 0, "tp": 0}, "communicators": {"tp": [0, 1], "control": [0, 1]},
     "start_s": 100.0, "end_s": 200.0, "start_unix_s": 0.0, "end_unix_s": 100.0, "clock": [], "same_clock": True,
     "complete": True, "versions": {},
