@@ -103,9 +103,21 @@ class DecoderStage(StageModel):
             )
         self.rotary = Rotary(config.rope, config.head_dim, dtype=dtype, device=device) if config.rope else None
 
-    @abstractmethod
     def make_layer(self, layer: int) -> DecoderLayer:
         """The layer with number `layer` in the whole model."""
+        return DecoderLayer(
+            attention_norm=self.make_norm(),
+            attention=Attention(
+                self.config, layer, axes=self.axes, stream=self.stream, backend=self.backend,
+                dtype=self.dtype, device=self.device,
+            ),
+            mlp_norm=self.make_norm(),
+            mlp=self.make_mlp(layer),
+        )
+
+    @abstractmethod
+    def make_mlp(self, layer: int) -> Mlp:
+        """The MLP, or the mixture of experts, of a layer."""
 
     @abstractmethod
     def make_norm(self) -> Norm:

@@ -13,7 +13,6 @@ from functools import partial
 import torch
 
 from hpcinfer.config.model import ModelConfig
-from hpcinfer.layers.attention import Attention
 from hpcinfer.layers.linear import QkvParallelLinear
 from hpcinfer.layers.mlp import Mlp
 from hpcinfer.layers.norm import LayerNorm
@@ -48,16 +47,8 @@ class Gpt2Stage(DecoderStage):
         hidden = yield from self.embedding.forward(inputs.token_ids, added)
         return hidden
 
-    def make_layer(self, layer: int) -> DecoderLayer:
-        return DecoderLayer(
-            attention_norm=self.make_norm(),
-            attention=Attention(
-                self.config, layer, axes=self.axes, stream=self.stream, backend=self.backend,
-                dtype=self.dtype, device=self.device,
-            ),
-            mlp_norm=self.make_norm(),
-            mlp=Mlp(self.config, layer, stream=self.stream, dtype=self.dtype, device=self.device),
-        )
+    def make_mlp(self, layer: int) -> Mlp:
+        return Mlp(self.config, layer, stream=self.stream, dtype=self.dtype, device=self.device)
 
     def make_norm(self) -> LayerNorm:
         return LayerNorm(self.config.hidden_size, eps=self.config.rms_norm_eps, dtype=self.dtype, device=self.device)

@@ -18,19 +18,7 @@ from hpcinfer.models.decoder import DecoderLayer, DecoderStage, prefixed
 class LlamaStage(DecoderStage):
     """A stage of a Llama-family model. Arguments as of StageModel."""
 
-    def make_layer(self, layer: int) -> DecoderLayer:
-        return DecoderLayer(
-            attention_norm=self.make_norm(),
-            attention=Attention(
-                self.config, layer, axes=self.axes, stream=self.stream, backend=self.backend,
-                dtype=self.dtype, device=self.device,
-            ),
-            mlp_norm=self.make_norm(),
-            mlp=self.make_mlp(layer),
-        )
-
     def make_mlp(self, layer: int) -> GatedMlp:
-        """The MLP of a layer."""
         return GatedMlp(self.config, layer, stream=self.stream, dtype=self.dtype, device=self.device)
 
     def make_norm(self) -> RmsNorm:

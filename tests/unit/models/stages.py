@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from hpcinfer.models.base import StageInputs, StageModel
 from hpcinfer.models.registry import model_class
 from hpcinfer.models.weights import Checkpoint, load_stage
 from hpcinfer.parallel.axes import StageAxes
+from tests.checkpoints import load_reference, make_variant
 from tests.unit.layers.lockstep import LockstepCommunicator, run_lockstep
 
 CPU = torch.device("cpu")
@@ -155,3 +156,25 @@ def _until_done(lens: Sequence[int], size) -> list[dict]:
             left[i] -= n
         plan.append(sizes)
     return plan
+
+
+def references(make_folder: Callable[[], Path], lens: Sequence[int]) -> Callable[..., tuple]:
+    """(variant, overrides) -> (folder, sequences of these lengths, logits of transformers after each of their tokens).
+
+    Each is made once.
+    """
+    made = {}
+
+    def get(variant: str, **overrides):
+        key = (variant, *sorted(overrides.items()))
+        if key not in made:
+            folder = make_variant(make_folder(), variant, **overrides)
+            rng = np.random.default_rng(7)
+            model = load_reference(folder)
+            sequences = [rng.integers(0, model.config.vocab_size, n) for n in lens]
+            with torch.no_grad():
+                wanted = [model(torch.from_numpy(tokens)[None]).logits[0] for tokens in sequences]
+            made[key] = (folder, sequences, wanted)
+        return made[key]
+
+    return get

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,7 +18,7 @@ from hpcinfer.models.random_weights import fill_random
 from hpcinfer.models.weights import Checkpoint
 from hpcinfer.runner.summary import expert_balance
 from tests.checkpoints import load_reference, make_variant
-from tests.unit.models.stages import Replica, build_stages, max_logit_error, mixed
+from tests.unit.models.stages import Replica, build_stages, max_logit_error, mixed, references
 
 TOLERANCE = 1e-4
 LENS = (29, 11, 1, 17)
@@ -48,21 +47,7 @@ ALWAYS = (1, 5, 8, 12)
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     """(variant, overrides) -> (folder, sequences, logits of transformers)."""
-    made = {}
-
-    def get(variant: str, **overrides):
-        key = (variant, *sorted(overrides.items()))
-        if key not in made:
-            folder = make_variant(tmp_path_factory.mktemp("checkpoint"), variant, **overrides)
-            rng = np.random.default_rng(7)
-            model = load_reference(folder)
-            sequences = [rng.integers(0, model.config.vocab_size, n) for n in LENS]
-            with torch.no_grad():
-                wanted = [model(torch.from_numpy(tokens)[None]).logits[0] for tokens in sequences]
-            made[key] = (folder, sequences, wanted)
-        return made[key]
-
-    return get
+    return references(lambda: tmp_path_factory.mktemp("checkpoint"), LENS)
 
 
 def replica_of(folder, **layout) -> Replica:

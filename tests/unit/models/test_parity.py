@@ -6,14 +6,13 @@ and a wrong window, bias, norm or rope scaling changes them by 1e-1 or more.
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from hpcinfer.attention.naive import NaiveBackend
 from hpcinfer.attention.sdpa import SdpaBackend
-from tests.checkpoints import VARIANTS, load_reference, make_variant
-from tests.unit.models.stages import Replica, build_stages, chunked, decoded, max_logit_error, mixed, whole
+from tests.checkpoints import VARIANTS, load_reference
+from tests.unit.models.stages import Replica, build_stages, chunked, decoded, max_logit_error, mixed, references, whole
 
 TOLERANCE = 1e-4
 LENS = (37, 12, 1, 23)
@@ -26,21 +25,7 @@ BACKENDS = {"naive": NaiveBackend, "sdpa": SdpaBackend}
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     """variant -> (folder, sequences, logits of transformers)."""
-    made = {}
-
-    def get(variant: str, **overrides):
-        key = (variant, *sorted(overrides.items()))
-        if key not in made:
-            folder = make_variant(tmp_path_factory.mktemp("checkpoint"), variant, **overrides)
-            rng = np.random.default_rng(7)
-            model = load_reference(folder)
-            sequences = [rng.integers(0, model.config.vocab_size, n) for n in LENS]
-            with torch.no_grad():
-                wanted = [model(torch.from_numpy(tokens)[None]).logits[0] for tokens in sequences]
-            made[key] = (folder, sequences, wanted)
-        return made[key]
-
-    return get
+    return references(lambda: tmp_path_factory.mktemp("checkpoint"), LENS)
 
 
 @pytest.mark.parametrize("plan", PLANS)
