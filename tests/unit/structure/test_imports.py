@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "hpcinfer"
 FLOORS = {
     "errors": 0, "units": 1, "request": 1, "config": 2, "observe": 2, "launch": 3, "data": 3, "kvcache": 3, "batch": 3,
-    "scheduler": 4, "comm": 4, "parallel": 5, "attention": 5, "layers": 6, "models": 7, "sampling": 7, "pipeline": 8,
+    "scheduler": 4, "comm": 4, "kernels": 4, "parallel": 5, "attention": 5, "layers": 6, "models": 7, "sampling": 7, "pipeline": 8,
     "engine": 9, "runner": 10, "bench": 11, "plan": 12, "cli": 13,
 }
 TORCH_FREE = ("errors", "units", "request", "config", "observe", "launch", "data", "batch", "scheduler")
