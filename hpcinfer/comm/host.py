@@ -11,7 +11,7 @@ import numpy as np
 
 from hpcinfer.comm.communicator import Counters
 from hpcinfer.comm.mpi_library import load_mpi
-from hpcinfer.comm.operation import Operation, OperationQueue
+from hpcinfer.comm.operation import MpiOperation, OperationQueue
 from hpcinfer.comm.progress import ProgressEngine
 from hpcinfer.errors import CommunicationError
 
@@ -187,15 +187,15 @@ class MpiHostChannel(HostChannel):
         # The closure of `start` holds the buffers for as long as the operation lives.
         self._finish(self._post(verb, num_bytes, start, root), deadline_s)
 
-    def _post_broadcast(self, buffer: bytearray, root: int) -> Operation:
+    def _post_broadcast(self, buffer: bytearray, root: int) -> MpiOperation:
         return self._post("broadcast", len(buffer), lambda: self._comm.Ibcast([buffer, self._byte], root), root)
 
-    def _post(self, verb: str, num_bytes: int, start: Any, root: int | None) -> Operation:
-        operation = Operation(self._queue, verb, num_bytes, lambda: [start()], peer=root)
+    def _post(self, verb: str, num_bytes: int, start: Any, root: int | None) -> MpiOperation:
+        operation = MpiOperation(self._queue, verb, num_bytes, lambda: [start()], peer=root)
         self.progress.submit(self._queue, [operation])
         return operation
 
-    def _finish(self, operation: Operation, deadline_s: float | None) -> None:
+    def _finish(self, operation: MpiOperation, deadline_s: float | None) -> None:
         self.progress.wait(operation, self.deadline_s if deadline_s is None else deadline_s)
 
     def _payload(self, obj: Any) -> tuple[bytes, np.ndarray]:

@@ -16,7 +16,7 @@ import torch
 
 from hpcinfer.comm.communicator import Communicator, Handle
 from hpcinfer.comm.mpi_library import load_mpi
-from hpcinfer.comm.operation import Operation, OperationQueue
+from hpcinfer.comm.operation import MpiOperation, OperationQueue
 from hpcinfer.comm.progress import ProgressEngine
 from hpcinfer.errors import CommunicationError
 
@@ -35,7 +35,7 @@ class MpiHandle(Handle):
     def __init__(
         self,
         communicator: MpiCommunicator,
-        operation: Operation,
+        operation: MpiOperation,
         result: torch.Tensor | None,
         finish: Callable[[], None] | None,
     ) -> None:
@@ -102,7 +102,7 @@ class MpiCommunicator(Communicator):
         self._queue = OperationQueue(
             name, self.rank, self.size, self.counters, strict=strict, world_ranks=world_ranks
         )
-        self._group: list[Operation] | None = None
+        self._group: list[MpiOperation] | None = None
 
     # -- verbs --------------------------------------------------------------------------------------------------------
 
@@ -201,7 +201,7 @@ class MpiCommunicator(Communicator):
     def barrier(self) -> None:
         if self._group is not None:
             raise CommunicationError(f"barrier inside a group of communicator {self.name!r}", fix="end the group first")
-        operation = Operation(self._queue, "barrier", 0, lambda: [self._comm.Ibarrier()])
+        operation = MpiOperation(self._queue, "barrier", 0, lambda: [self._comm.Ibarrier()])
         self.progress.submit(self._queue, [operation])
         self._wait(operation)
 
@@ -256,7 +256,7 @@ class MpiCommunicator(Communicator):
         label: str = "",
         status: Any = None,
     ) -> Handle:
-        operation = Operation(
+        operation = MpiOperation(
             self._queue, verb, tensor.nbytes, start, buffers=buffers, peer=peer, label=label, status=status,
             dtype=tensor.dtype, shape=tensor.shape,
         )
@@ -266,7 +266,7 @@ class MpiCommunicator(Communicator):
             self.progress.submit(self._queue, [operation])
         return MpiHandle(self, operation, result, finish)
 
-    def _wait(self, operation: Operation) -> None:
+    def _wait(self, operation: MpiOperation) -> None:
         if not operation.issued_s:
             raise CommunicationError(
                 f"wait for {operation.verb} on communicator {self.name!r} before its group has ended",

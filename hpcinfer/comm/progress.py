@@ -16,7 +16,7 @@ import os
 import threading
 import time
 
-from hpcinfer.comm.operation import Mark, Operation, OperationQueue
+from hpcinfer.comm.operation import Mark, MpiOperation, OperationQueue, overdue_error
 from hpcinfer.errors import CommunicationError
 from hpcinfer.observe.trace import Recorder
 
@@ -47,8 +47,8 @@ class ProgressEngine:
         """Told of every operation and every wait."""
         self._spin_s = 0.0 if oversubscribed else SPIN_S
         self._lock = threading.RLock()
-        self._pending: list[Operation] = []
-        self._abandoned: list[Operation] = []
+        self._pending: list[MpiOperation] = []
+        self._abandoned: list[MpiOperation] = []
         self._waiting = 0
         self._parked = False
         self._wake = threading.Event()
@@ -59,7 +59,7 @@ class ProgressEngine:
 
     # -- for communicators --------------------------------------------------------------------------------------------
 
-    def submit(self, queue: OperationQueue, batch: list[Operation]) -> None:
+    def submit(self, queue: OperationQueue, batch: list[MpiOperation]) -> None:
         """Issue the operations of `batch`, which start together: now, or in strict mode when their turn comes."""
         if self._closing:
             raise CommunicationError(f"{batch[0].verb} on {queue.name!r}", found="the progress engine has been closed")
@@ -67,11 +67,7 @@ class ProgressEngine:
             raise queue.failure
         now = time.perf_counter()
         for operation in batch:
-            operation.issued_s = now
-            operation.tick, operation.part = self.mark.tick, self.mark.part
-            queue.counters.operations += 1
-            operation.number = queue.counters.operations
-            queue.counters.bytes += operation.num_bytes
+            queue.issue(operation, now, self.mark)
         with self._lock:
             queue.in_flight += len(batch)
             if queue.strict:
@@ -89,7 +85,7 @@ class ProgressEngine:
         with self._lock:
             self._poll()
 
-    def wait(self, operation: Operation, deadline_s: float) -> None:
+    def wait(self, operation: MpiOperation, deadline_s: float) -> None:
         """Block until `operation` is over.
 
         Raises:
@@ -135,7 +131,7 @@ class ProgressEngine:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _wait(self, operation: Operation, deadline_s: float, began: float) -> None:
+    def _wait(self, operation: MpiOperation, deadline_s: float, began: float) -> None:
         lock = self._lock
         pause_s = 20e-6
         with lock:
@@ -158,7 +154,7 @@ class ProgressEngine:
             with lock:
                 self._waiting -= 1
 
-    def _start(self, batch: list[Operation]) -> None:
+    def _start(self, batch: list[MpiOperation]) -> None:
         for operation in batch:
             operation.started_s = time.perf_counter()
             try:
@@ -186,7 +182,7 @@ class ProgressEngine:
             for operation in over:
                 self._advance(operation.queue)
 
-    def _over(self, operation: Operation) -> None:
+    def _over(self, operation: MpiOperation) -> None:
         """The one place where start and end of every operation are known."""
         operation.ended_s = time.perf_counter()
         operation.buffers = operation.start = None  # `start` refers to the buffers too
@@ -201,7 +197,7 @@ class ProgressEngine:
             if queue.batches:
                 self._start(queue.batches[0])
 
-    def _fail(self, operation: Operation, cause: Exception) -> None:
+    def _fail(self, operation: MpiOperation, cause: Exception) -> None:
         queue = operation.queue
         operation.error = CommunicationError(
             f"{operation.verb} on communicator {queue.name!r} failed",
@@ -212,31 +208,19 @@ class ProgressEngine:
         operation.finished = True
         queue.failure = queue.failure or operation.error
 
-    def _overdue(self, operation: Operation, waited_s: float, deadline_s: float) -> CommunicationError:
+    def _overdue(self, operation: MpiOperation, waited_s: float, deadline_s: float) -> CommunicationError:
         queue = operation.queue
         if operation.requests is None:
             ahead = next((o for batch in queue.batches for o in batch if not o.finished), operation)
             state = f"not started: {self._describe(ahead)} is still ahead of it"
         else:
             state = "started, and the other side has not taken part"
-        error = CommunicationError(
-            f"{operation.verb} on communicator {queue.name!r} did not finish within its deadline of {deadline_s:g} s",
-            found=f"waited {waited_s:.1f} s for {self._describe(operation)}; {state}",
-            fix="look at the other ranks of this communicator: one has died, is stuck, or issued its operations in "
-            "another order; if it is only slow, raise the communication deadline",
-        )
+        error = overdue_error(operation, self._describe(operation), state, waited_s, deadline_s)
         queue.failure = queue.failure or error
         return error
 
-    def _describe(self, operation: Operation) -> str:
-        queue = operation.queue
-        label = f" ({operation.label})" if operation.label else ""
-        part = f" part {operation.part}" if operation.part >= 0 else ""
-        microbatch = f", {'microbatch ' if part else ''}tick {operation.tick}{part}" if operation.tick >= 0 else ""
-        return (
-            f"{operation.verb}{label} of {operation.num_bytes} bytes by rank {queue.rank} of {queue.size} in "
-            f"{queue.name!r} (world rank {self.rank}, host {self.host or 'unknown'}), {_others(operation)}{microbatch}"
-        )
+    def _describe(self, operation: MpiOperation) -> str:
+        return operation.describe(self.rank, self.host)
 
     def _run(self) -> None:
         idle_periods = 0
@@ -272,11 +256,3 @@ class ProgressEngine:
             self._wake.set()
         if self._thread is not threading.current_thread():
             self._thread.join()
-
-
-def _others(operation: Operation) -> str:
-    """With whom: by the number in the communicator, and by that in the world, which says where to look."""
-    world_ranks = operation.queue.world_ranks
-    if operation.peer is None or operation.peer == operation.queue.rank:  # the root itself waits for all others
-        return f"all ranks (world ranks {', '.join(map(str, world_ranks))})" if world_ranks else "all ranks"
-    return f"peer {operation.peer}" + (f" (world rank {world_ranks[operation.peer]})" if world_ranks else "")

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from hpcinfer.comm.communicator import Counters
-from hpcinfer.comm.operation import Operation, OperationQueue
+from hpcinfer.comm.operation import MpiOperation, OperationQueue
 from hpcinfer.comm.progress import PARK_AFTER, POLL_S, ProgressEngine
 from hpcinfer.errors import CommunicationError
 
@@ -42,13 +42,13 @@ def operation(queue, verb="all_reduce", log=None, **settings):
             log.append(verb)
         return [request]
 
-    made = Operation(queue, verb, 16, start, **settings)
+    made = MpiOperation(queue, verb, 16, start, **settings)
     made.request = request
     return made
 
 
-# Operation has slots; tests want to reach its request.
-class Operation(Operation):
+# MpiOperation has slots; tests want to reach its request.
+class MpiOperation(MpiOperation):
     request: FakeRequest
 
 
@@ -138,7 +138,7 @@ def test_a_failing_start_and_a_failing_test(engine):
         raise RuntimeError("MPI_ERR_TRUNCATE")
 
     lane = queue()
-    failing = Operation(lane, "recv", 4, broken)
+    failing = MpiOperation(lane, "recv", 4, broken)
     engine.submit(lane, [failing])
     with pytest.raises(CommunicationError, match="MPI_ERR_TRUNCATE") as caught:
         engine.wait(failing, 1)

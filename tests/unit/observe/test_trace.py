@@ -12,7 +12,7 @@ import torch
 
 from hpcinfer.comm.communicator import Counters
 from hpcinfer.comm.local import LocalCommunicator
-from hpcinfer.comm.operation import Mark, Operation, OperationQueue
+from hpcinfer.comm.operation import Mark, MpiOperation, OperationQueue
 from hpcinfer.comm.progress import ProgressEngine
 from hpcinfer.errors import CommunicationError, DataError
 from hpcinfer.observe.trace import COMPUTE, HOST, IDLE, NO_TICK, TRANSFER, WAIT, WHOLE_STEP, Record, Recorder, span
@@ -41,7 +41,7 @@ def engine():
 
 
 def submit(engine: ProgressEngine, queue: OperationQueue, delay_s: float, verb: str = "all_reduce", **settings):
-    operation = Operation(queue, verb, 24, lambda: [LateRequest(delay_s)], **settings)
+    operation = MpiOperation(queue, verb, 24, lambda: [LateRequest(delay_s)], **settings)
     engine.submit(queue, [operation])
     return operation
 
@@ -292,7 +292,7 @@ def test_segments_are_marked_recorded_and_shown_to_a_profiler():
 
 def test_what_is_left_to_do_after_a_wait_belongs_to_the_segment():
     recorder = Recorder()
-    operation = Operation(OperationQueue("tp", 0, 2, Counters()), "all_reduce", 8, lambda: [])
+    operation = MpiOperation(OperationQueue("tp", 0, 2, Counters()), "all_reduce", 8, lambda: [])
     recorder.segment("a", 1.0, 2.0, 0, 0)
     recorder.wait(operation, 2.0, 5.0)
     recorder.segment("b", 5.5, 6.0, 0, 0)
