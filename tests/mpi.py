@@ -14,6 +14,8 @@ from pathlib import Path
 from hpcinfer.launch.start import clean_environ, find_mpiexec, mpiexec_command, mpiexec_vendor
 
 ROOT = Path(__file__).resolve().parents[1]
+NCCL_STAND_IN = {"HPCINFER_TEST_NCCL": "1"}
+"""Environment of ranks whose tensors are to travel over NCCL's stand-in."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,3 +163,11 @@ def alive(pid: int) -> bool:
         return Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
     except OSError:
         return False
+
+
+def use_stand_in_if_asked(world) -> None:
+    """In a rank: NcclCommunicators over a stand-in, where the environment has NCCL_STAND_IN."""
+    if all(os.environ.get(name) == value for name, value in NCCL_STAND_IN.items()):
+        from tests.nccl_stand_in import use_stand_in
+
+        use_stand_in(world)

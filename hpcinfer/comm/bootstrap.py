@@ -1,6 +1,8 @@
 """From the launcher's MPI world to communicators.
 
     world = start_world()                         # checks the launch, orders the ranks, starts the progress engine
+    world.watch(on_failure)                       # heartbeats, and reports of what gets stuck
+    world.use_device("auto")                      # a GPU where there are any; its tensors then travel over NCCL
     tp = split(world, mesh.axis_ranks("tp"), "tp")
 
 A single process without MPI uses `local_world()`; everything above works on it unchanged.
@@ -11,17 +13,24 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from hpcinfer.comm.communicator import Communicator
+from hpcinfer.comm.device import CPU, bind_device
+from hpcinfer.comm.device_queue import Reporting
 from hpcinfer.comm.host import HostChannel, LocalHostChannel, MpiHostChannel
 from hpcinfer.comm.local import LocalCommunicator
 from hpcinfer.comm.mpi import DEADLINE_S, MpiCommunicator
 from hpcinfer.comm.mpi_library import load_mpi
+from hpcinfer.comm.nccl import NcclCommunicator
+from hpcinfer.comm.nccl_library import Nccl, apply_settings, check_versions, load_nccl
+from hpcinfer.comm.operation import Mark
 from hpcinfer.comm.progress import ProgressEngine
+from hpcinfer.comm.streams import CudaStreams
+from hpcinfer.comm.watchdog import Heart, Watchdog
 from hpcinfer.errors import CommunicationError
 from hpcinfer.launch.env import LaunchEnvironment
 from hpcinfer.launch.guard import check_world
@@ -52,6 +61,55 @@ class World:
     """Communicators imitate NCCL's ordering (see `comm.mpi`)."""
     deadline_s: float = DEADLINE_S
     """Seconds that any wait may last."""
+    device: torch.device = CPU
+    """Where this rank computes."""
+    watchdog: Watchdog | None = None
+    """Finds what is stuck; None in a single process, and until `watch` was called."""
+    nccl: Nccl | None = None
+    """How tensors travel between GPUs; None where they are on the CPU or there is one rank."""
+    nccl_settings: dict[str, str] = dataclasses.field(default_factory=dict)
+    """NCCL's variables that are in force, its version under "version"."""
+
+    @property
+    def mark(self) -> Mark:
+        """What this rank is working on."""
+        return Mark() if self.progress is None else self.progress.mark
+
+    def watch(self, on_failure: Callable[[CommunicationError], None], *, heartbeat_s: float = 0.0) -> None:
+        """Look for what is stuck from now on. Collective.
+
+        Args:
+            on_failure: called on another thread with what was found.
+            heartbeat_s: seconds between two heartbeats; 0 sends none.
+        """
+        if self.size == 1:
+            return
+        heart = None
+        if heartbeat_s > 0:
+            hosts = self.channel.all_gather(self.host)
+            heart = Heart(self.mpi_comm.Dup(), hosts=hosts, mark=self.mark, period_s=heartbeat_s)
+        self.watchdog = Watchdog(on_failure, deadline_s=self.deadline_s, heart=heart)
+
+    def use_device(self, setting: str, *, nccl: Mapping[str, str] | None = None, share_gpu: bool = False) -> None:
+        """Bind this rank to its device; on GPUs tensors travel over NCCL from now on. Collective, after `watch`.
+
+        Args:
+            setting: auto, cpu or cuda.
+            nccl: NCCL_* variables to set where the environment has none.
+            share_gpu: several ranks may have one GPU (for tests).
+
+        Raises:
+            ConfigError: no GPU where one was asked for; no NCCL.
+            LaunchError: two ranks have one GPU, or different versions of NCCL.
+        """
+        self.device = bind_device(
+            setting, self.channel, local_rank=self.local_rank, host=self.host, share_gpu=share_gpu
+        )
+        if self.device.type == "cuda" and self.size > 1:
+            self.nccl_settings = apply_settings(nccl or {}, share_gpu_rank=self.rank if share_gpu else None)
+            library = load_nccl()
+            self.nccl_settings["version"] = check_versions(library, self.channel)
+            self.nccl = Nccl(library=library, streams=CudaStreams(self.device), watchdog=self.watchdog)
 
     def first(self, num_ranks: int) -> World | None:
         """A world of the first `num_ranks` ranks; None on the others. Collective over this world.
@@ -85,7 +143,9 @@ class World:
         load_mpi().COMM_WORLD.Abort(exit_code)
 
     def close(self) -> None:
-        """Release the world's channel and end the progress thread. Collective; close communicators before."""
+        """Release the world's channel and end its threads. Collective; close communicators before."""
+        if self.watchdog is not None:
+            self.watchdog.close()
         self.channel.close()
         if self.progress is not None:
             self.progress.close()
@@ -133,28 +193,42 @@ def local_world() -> World:
     )
 
 
-def split(
-    world: World, ranks: Sequence[int] | None, name: str, device: torch.device = torch.device("cpu")
-) -> Communicator | None:
-    """A communicator among `ranks`. Collective over the whole world.
+def split(world: World, ranks: Sequence[int] | None, name: str) -> Communicator | None:
+    """A communicator of tensors on the world's device among `ranks`. Collective over the whole world.
 
     Args:
         world: of this run.
         ranks: world ranks that form this rank's communicator, in its order; every one of them passes the same list, and
             lists are disjoint. None where this rank is in no communicator of this call.
         name: for records and errors.
-        device: where tensors live.
 
     Returns:
-        A LocalCommunicator for one rank, an MpiCommunicator for more, None where `ranks` is None.
+        A LocalCommunicator for one rank; for more a NcclCommunicator between GPUs, else a MpiCommunicator. None where
+        `ranks` is None.
     """
+    if world.nccl is not None:
+        return _split_nccl(world, ranks, name)
     comm = _split(world, ranks)
     if ranks is None:
         return None
     if len(ranks) == 1:
-        return LocalCommunicator(name, device)
+        return LocalCommunicator(name, world.device)
     return MpiCommunicator(
         comm, name, progress=world.progress, strict=world.strict, deadline_s=world.deadline_s, world_ranks=tuple(ranks)
+    )
+
+
+def _split_nccl(world: World, ranks: Sequence[int] | None, name: str) -> Communicator | None:
+    channel = split_channel(world, ranks, name)
+    if ranks is None:
+        return None
+    if len(ranks) == 1:
+        return LocalCommunicator(name, world.device)
+    return NcclCommunicator(
+        channel, name, device=world.device, nccl=world.nccl, deadline_s=world.deadline_s, world_ranks=tuple(ranks),
+        reporting=Reporting(
+            mark=world.mark, world_rank=world.rank, host=world.host, recorder=lambda: world.progress.recorder
+        ),
     )
 
 

@@ -53,8 +53,10 @@ class Handle(ABC):
     def wait(self) -> torch.Tensor | None:
         """Finish the transfer and return its result (None for a send). May be called again; it then returns at once.
 
+        On a GPU the host does not wait: what the calling thread computes from now on does.
+
         Raises:
-            CommunicationError: the transfer failed or its deadline passed.
+            CommunicationError: the transfer failed or its deadline passed. On a GPU the watchdog finds that out.
         """
 
     @abstractmethod
@@ -98,7 +100,7 @@ class Communicator(ABC):
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum", *, label: str = "") -> Handle:
         """Reduce `tensor` (any shape) over all ranks, in place. Result: the same tensor.
 
-        bfloat16 and float16 are summed in float32 and rounded once.
+        bfloat16 and float16 are summed in float32 and rounded once on MPI, at each addition on NCCL.
         """
         self._check(tensor, "all_reduce")
         if op not in REDUCTIONS:
@@ -167,9 +169,23 @@ class Communicator(ABC):
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
-    def warmup(self) -> None:
-        """Connect everything that the first real transfer would otherwise connect. Collective."""
+    def warmup(self, *, link: bool = False) -> None:
+        """Connect everything that the first real transfer would otherwise connect: every verb towards every rank. Collective.
+
+        Args:
+            link: two ranks of which 0 only sends to 1.
+        """
         self.barrier()
+
+    def reserve(self, num_bytes: int) -> None:
+        """Set aside memory for `memory`, for tensors of at most `num_bytes`. Collective. Does nothing where memory is all alike."""
+
+    def memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
+        """Memory that `all_reduce` works on without a copy, for a result that is reduced next; None where there is none to spare.
+
+        It is given away again some calls after the handle of its reduction was waited for: use the sum at once.
+        """
+        return None
 
     def check(self) -> None:
         """Raise CommunicationError if a transfer has failed in the background. Never blocks."""

@@ -219,7 +219,7 @@ class MpiCommunicator(Communicator):
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
-    def warmup(self) -> None:
+    def warmup(self, *, link: bool = False) -> None:
         """Exchange a byte with every other rank, so that no later transfer has to connect. Collective."""
         ones = [1] * self.size
         self.all_to_all(torch.zeros(self.size, dtype=torch.uint8), ones, ones, label="warmup").wait()

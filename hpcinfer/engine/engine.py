@@ -45,7 +45,7 @@ class Engine:
     def __init__(self, model: str | Path, *, dtype: str = "auto", engine: EngineSection = EngineSection()) -> None:
         config = ModelConfig.from_folder(model)
         device = torch.device("cpu")
-        groups = local_groups(device)
+        groups = local_groups()
         plan = plan_replica(
             config, ParallelConfig(), engine, groups, groups.control, dtype=dtype, device=device,
             available_bytes=available_host_bytes(1),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
-
 from hpcinfer.comm.bootstrap import World, local_world, split, split_channel
 from hpcinfer.comm.communicator import Communicator
 from hpcinfer.comm.host import HostChannel
@@ -35,16 +33,15 @@ class ReplicaGroups:
     """What this rank is working on: reports and records of transfers name it."""
 
     def communicators(self) -> list[Communicator]:
-        """Those that this rank has, each once, for summing counters, checks and warm-up."""
-        axes = self.axes
-        ep = [axes.ep] if axes.ep_spans_lanes else []
-        links = [link for link in (self.from_previous, self.to_next) if link is not None]
-        return [axes.tp, axes.sp, *ep, *links, *self.tokens.values()]
+        """Those that this rank has, each once, for summing counters and checks."""
+        return [*self._axes(), *self._links()]
 
     def warmup(self) -> None:
         """Connect every communicator. Collective over the replica."""
-        for communicator in self.communicators():
+        for communicator in self._axes():
             communicator.warmup()
+        for link in self._links():
+            link.warmup(link=True)
 
     def check(self) -> None:
         """Raise CommunicationError where something failed in the background."""
@@ -61,16 +58,22 @@ class ReplicaGroups:
             communicator.close()
         self.control.close()
 
+    def _axes(self) -> list[Communicator]:
+        return [self.axes.tp, self.axes.sp, *([self.axes.ep] if self.axes.ep_spans_lanes else [])]
 
-def build_groups(
-    world: World, mesh: Mesh, device: torch.device = torch.device("cpu"), *, sequence_form: bool = False
-) -> ReplicaGroups:
+    def _links(self) -> list[Communicator]:
+        """Of two ranks each, of which 0 sends to 1. In an order in which warming them one after the other cannot deadlock: the
+        stages from first to last, then the tokens' way back, lane by lane."""
+        pairs = [link for link in (self.from_previous, self.to_next) if link is not None]
+        return [*pairs, *self.tokens.values()]
+
+
+def build_groups(world: World, mesh: Mesh, *, sequence_form: bool = False) -> ReplicaGroups:
     """The groups of this rank. Collective over the whole world, all replicas included.
 
     Args:
         world: its size must be the mesh's.
         mesh: as this rank sees it (`mesh.rank` is `world.rank`).
-        device: where tensors live.
         sequence_form: the residual stream lies in token shards on the tp ranks.
 
     Raises:
@@ -82,7 +85,7 @@ def build_groups(
             found=f"a world of {world.size} ranks, rank {world.rank}",
             fix="use Mesh.of(world.size, ..., rank=world.rank)",
         )
-    axes = _stage_axes(world, mesh, device, sequence_form)
+    axes = _stage_axes(world, mesh, sequence_form)
     # One split makes disjoint groups only, and a middle stage is on two links: even ones first, then odd ones.
     links = {}
     for parity in (0, 1):
@@ -91,38 +94,38 @@ def build_groups(
             other = mesh.neighbour(step)
             if other is not None and first % 2 == parity:
                 pair = [mesh.rank, other] if step > 0 else [other, mesh.rank]
-                links[step] = split(world, pair, f"pp {first}>{first + 1}", device)
+                links[step] = split(world, pair, f"pp {first}>{first + 1}")
                 break
         else:
-            split(world, None, "pp", device)
+            split(world, None, "pp")
     return ReplicaGroups(
         mesh=mesh, axes=axes, from_previous=links.get(-1), to_next=links.get(+1),
-        tokens=_token_links(world, mesh, device), control=split_channel(world, mesh.replica_ranks(), "control"),
-        mark=Mark() if world.progress is None else world.progress.mark,
+        tokens=_token_links(world, mesh), control=split_channel(world, mesh.replica_ranks(), "control"),
+        mark=world.mark,
     )
 
 
-def _stage_axes(world: World, mesh: Mesh, device: torch.device, sequence_form: bool) -> StageAxes:
-    tp = split(world, mesh.axis_ranks("tp"), "tp", device)
-    sp = split(world, mesh.axis_ranks("sp"), "sp", device)
+def _stage_axes(world: World, mesh: Mesh, sequence_form: bool) -> StageAxes:
+    tp = split(world, mesh.axis_ranks("tp"), "tp")
+    sp = split(world, mesh.axis_ranks("sp"), "sp")
     if mesh.ep == mesh.tp:
         ep = tp
     else:
-        ep = split(world, mesh.stage_ranks() if mesh.ep > 1 else [mesh.rank], "ep", device)
+        ep = split(world, mesh.stage_ranks() if mesh.ep > 1 else [mesh.rank], "ep")
     return StageAxes(tp=tp, sp=sp, ep=ep, sequence_form=sequence_form)
 
 
-def _token_links(world: World, mesh: Mesh, device: torch.device) -> dict[int, Communicator]:
+def _token_links(world: World, mesh: Mesh) -> dict[int, Communicator]:
     links = {}
     for lane in range(mesh.sp):
         ends = [mesh.rank_of(stage=mesh.pp - 1, lane=lane, tp_rank=0), mesh.leader]
         is_end = mesh.rank in ends and ends[0] != ends[1]
-        link = split(world, ends if is_end else None, f"tokens {lane}" if mesh.sp > 1 else "tokens", device)
+        link = split(world, ends if is_end else None, f"tokens {lane}" if mesh.sp > 1 else "tokens")
         if link is not None:
             links[lane] = link
     return links
 
 
-def local_groups(device: torch.device = torch.device("cpu")) -> ReplicaGroups:
+def local_groups() -> ReplicaGroups:
     """The groups of a single process. Needs no MPI."""
-    return build_groups(local_world(), Mesh(), device)
+    return build_groups(local_world(), Mesh())

@@ -8,7 +8,6 @@ import logging
 import time
 
 import numpy as np
-import torch
 
 from hpcinfer.comm.bootstrap import World
 from hpcinfer.comm.host import HostChannel
@@ -65,15 +64,12 @@ def run_job(
             TooManyFailedRows at the end.
     """
     start_s = time.monotonic()
-    device = torch.device("cpu")
     checked = agree_or_raise(
         world.channel, lambda: check_job(job, world.size, environment), deadline_s=_NO_DEADLINE
     )
-    groups = build_groups(
-        world, checked.mesh.at(world.rank), device, sequence_form=job.parallel.sequence_form
-    )
+    groups = build_groups(world, checked.mesh.at(world.rank), sequence_form=job.parallel.sequence_form)
     plan = plan_replica(
-        checked.model, job.parallel, job.engine, groups, world.channel, dtype=job.model.dtype, device=device,
+        checked.model, job.parallel, job.engine, groups, world.channel, dtype=job.model.dtype, device=world.device,
         available_bytes=available_host_bytes(world.local_size),
     )
     # Only a job that fits makes a run directory: what it was made for cannot be changed later.

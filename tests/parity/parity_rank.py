@@ -28,6 +28,7 @@ from hpcinfer.parallel.groups import build_groups
 from hpcinfer.parallel.mesh import Mesh
 from hpcinfer.request import Request, SamplingParams
 from hpcinfer.sampling.sampler import sample
+from tests.mpi import use_stand_in_if_asked
 
 
 class RecordingSampler:
@@ -99,6 +100,7 @@ def main(place: Place) -> int:
         cases = json.load(file)
     world = start_world()
     place.rank, place.size, place.host, place.abort = world.rank, world.size, world.host, world.abort
+    use_stand_in_if_asked(world)
     arrays = {}
     for name, case in cases["layouts"].items():
         sub = world.first(case["ranks"])

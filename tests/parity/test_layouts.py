@@ -15,7 +15,7 @@ import torch
 
 from hpcinfer.sampling.rng import keyed_uniform
 from tests.checkpoints import VARIANTS, load_reference, make_variant
-from tests.mpi import run_ranks
+from tests.mpi import NCCL_STAND_IN, run_ranks
 from tests.parity.layouts import LAYOUTS, layouts_of
 
 # 20 pages of 4 tokens a lane for sequences that reach 49 tokens, and microbatches of 16 tokens for prompts of up to 37:
@@ -49,6 +49,27 @@ def test_tokens_and_logits_equal_transformers(variant, tmp_path):
         check_counters(name, json.loads(str(results[f"{name}/counters"])))
 
 
+ON_NCCL = {
+    "llama": ("tp2", "pp2", "tp2 x pp2", "tp2, two-batch", "tp2, sequence form", "sp2 x tp2, two-batch"),
+    "mixtral": ("tp2 ep2", "sp2 x tp2 ep4, sequence form, two-batch"),
+}
+
+
+@pytest.mark.parametrize("variant", ON_NCCL)
+def test_over_nccl_communicators(variant, tmp_path):
+    """The same where NcclCommunicator carries the tensors, over a stand-in for cupy.cuda.nccl."""
+    folder = make_variant(tmp_path / "model", variant)
+    reference = load_reference(folder)
+    rows = make_rows(reference.config.vocab_size)[:6]
+    results = run_cases(tmp_path, folder, rows, ON_NCCL[variant], env=NCCL_STAND_IN)
+    for name in ON_NCCL[variant]:
+        for row in rows:
+            check_row(reference, row, results, name)
+        counters = json.loads(str(results[f"{name}/counters"]))
+        axes = [axis for axis in ("tp", "sp", "ep") if LAYOUTS[name]["layout"].get(axis, 1) > 1]
+        assert all(counters[f"{axis}_operations"] for axis in axes), counters
+
+
 def check_counters(name: str, counters: dict[str, int]) -> None:
     """What the layout is there for has happened."""
     layout = LAYOUTS[name]["layout"]
@@ -79,12 +100,13 @@ def make_rows(vocab_size: int) -> list[dict]:
     ]
 
 
-def run_cases(tmp_path, folder, rows, names) -> dict[str, np.ndarray]:
+def run_cases(tmp_path, folder, rows, names, env=None) -> dict[str, np.ndarray]:
     layouts = {name: LAYOUTS[name] for name in names}
     cases = {"layouts": layouts, "rows": rows, "engine": ENGINE, "num_blocks": NUM_BLOCKS}
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     run_ranks(
-        max(layout["ranks"] for layout in layouts.values()), ["tests/parity/parity_rank.py", folder, tmp_path / "cases.json", tmp_path / "results.npz"], timeout_s=240
+        max(layout["ranks"] for layout in layouts.values()), ["tests/parity/parity_rank.py", folder, tmp_path / "cases.json", tmp_path / "results.npz"],
+        timeout_s=240, env=env,
     ).check()
     with np.load(tmp_path / "results.npz") as stored:
         return dict(stored)

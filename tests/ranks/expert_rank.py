@@ -10,6 +10,7 @@ from hpcinfer.comm.bootstrap import World, split, start_world
 from hpcinfer.launch.process import die_with_parent
 from hpcinfer.launch.report import Place, run_as_rank
 from hpcinfer.parallel.segments import Segments, run_to_end
+from tests.mpi import use_stand_in_if_asked
 from tests.unit.parallel.expert_cases import CASES, Tokens
 
 
@@ -17,7 +18,7 @@ def check_case(world: World, name: str) -> int:
     """Every form and dtype of a case on the first ranks of the world. Collective. Returns the forwards run."""
     size = len(CASES[name]["rows"])
     members = list(range(size)) if world.rank < size else None
-    ep = split(world, members, f"ep {name}", torch.device("cpu"))
+    ep = split(world, members, f"ep {name}")
     if ep is None:
         return 0
     done = 0
@@ -50,6 +51,7 @@ def take_turns(forwards: list[Segments]) -> list[torch.Tensor]:
 def main(place: Place) -> int:
     world = start_world(deadline_s=30)
     place.rank, place.size, place.host, place.abort = world.rank, world.size, world.host, world.abort
+    use_stand_in_if_asked(world)
     assert world.strict, "the test helper switches strict mode on"
     with torch.inference_mode():
         done = sum(check_case(world, name) for name in CASES)

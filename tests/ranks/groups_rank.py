@@ -13,6 +13,7 @@ from hpcinfer.launch.report import Place, run_as_rank
 from hpcinfer.parallel.agree import agree, agree_or_raise
 from hpcinfer.parallel.groups import build_groups
 from hpcinfer.parallel.mesh import Mesh
+from tests.mpi import use_stand_in_if_asked
 
 LAYOUTS = [
     (4, {"tp": 4}), (4, {"pp": 4}), (4, {"pp": 2, "tp": 2}), (4, {"tp": 2}), (4, {"pp": 2}), (4, {}),
@@ -121,6 +122,7 @@ def layout_case(world: World, sizes: dict[str, int]) -> None:
 def main(place: Place) -> int:
     world = start_world(deadline_s=30)
     place.rank, place.size, place.host, place.abort = world.rank, world.size, world.host, world.abort
+    use_stand_in_if_asked(world)
     assert world.strict, "the test helper switches strict mode on"
     assert world.local_rank == world.rank and world.num_nodes == 1 and world.local_size == world.size
     agree_cases(world)

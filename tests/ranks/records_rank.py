@@ -37,6 +37,7 @@ from hpcinfer.parallel.groups import ReplicaGroups, build_groups
 from hpcinfer.parallel.mesh import Mesh
 from hpcinfer.request import Request, SamplingParams
 from hpcinfer.sampling.sampler import sample
+from tests.mpi import use_stand_in_if_asked
 from tests.ranks.records import PageEvent, RankRecords
 from tests.ranks.wrong_schedules import WRONG
 from tests.unit.engine.fake_measurement import fake_measurement, gain_from
@@ -177,6 +178,7 @@ def main(place: Place) -> int:
         cases = json.load(file)
     world = start_world(deadline_s=60)
     place.rank, place.size, place.host, place.abort = world.rank, world.size, world.host, world.abort
+    use_stand_in_if_asked(world)
     for number, case in enumerate(cases):
         sub = world.first(case["ranks"])
         if sub is not None:

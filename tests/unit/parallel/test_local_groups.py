@@ -16,7 +16,7 @@ from hpcinfer.parallel.mesh import Mesh
 
 
 def test_local_groups():
-    groups = local_groups(torch.device("cpu"))
+    groups = local_groups()
     assert isinstance(groups.axes.tp, LocalCommunicator) and isinstance(groups.control, LocalHostChannel)
     assert groups.from_previous is groups.to_next is None and not groups.tokens
     groups.warmup()
