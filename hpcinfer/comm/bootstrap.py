@@ -87,7 +87,8 @@ class World:
         heart = None
         if heartbeat_s > 0:
             hosts = self.channel.all_gather(self.host)
-            heart = Heart(self.mpi_comm.Dup(), hosts=hosts, mark=self.mark, period_s=heartbeat_s)
+            period_s = min(heartbeat_s, self.deadline_s / 4)
+            heart = Heart(self.mpi_comm.Dup(), hosts=hosts, mark=self.mark, period_s=period_s)
         self.watchdog = Watchdog(on_failure, deadline_s=self.deadline_s, heart=heart)
 
     def use_device(self, setting: str, *, nccl: Mapping[str, str] | None = None, share_gpu: bool = False) -> None:

@@ -37,7 +37,7 @@ class Watchdog:
 
     Args:
         on_failure: called once, on the watchdog's thread, with what was found.
-        deadline_s: how long a guarded call may take, and another rank may be silent.
+        deadline_s: how long a guarded call may take; another rank may be silent for twice as long.
         heart: heartbeats with other ranks; None for a single rank.
     """
 
@@ -96,7 +96,8 @@ class Watchdog:
                     found=f"called {now_s - since_s:.1f} s ago",
                     fix="one of the ranks that take part has died or is stuck: look at their logs",
                 )
-        return None if self._heart is None else self._heart.beat(now_s, self.deadline_s)
+        # Whoever waits for a silent rank in a transfer can say more, and is first.
+        return None if self._heart is None else self._heart.beat(now_s, 2 * self.deadline_s)
 
 
 class Heart:
@@ -123,12 +124,12 @@ class Heart:
         self._last_tick = -1
         self._is_gone = False
 
-    def beat(self, now_s: float, deadline_s: float) -> CommunicationError | None:
-        """Send when it is time, take what has come, and say if the rank before is silent for too long."""
+    def beat(self, now_s: float, limit_s: float) -> CommunicationError | None:
+        """Send when it is time, take what has come, and say if the rank before is silent for longer than `limit_s`."""
         if now_s - self._sent_s >= self._period_s:
-            self._send(self._mark.tick)
+            self._send(self._mark.tick, now_s)
         self._listen(now_s)
-        if self._is_gone or now_s - self._heard_s <= deadline_s:
+        if self._is_gone or now_s - self._heard_s <= limit_s:
             return None
         where = f"rank {self._previous} on host {self._previous_host}"
         at = f"at tick {self._last_tick}" if self._last_tick >= 0 else "before its first tick"
@@ -140,24 +141,25 @@ class Heart:
 
     def part(self, deadline_s: float) -> None:
         """Say farewell, and take everything that the rank before has sent up to its own. Collective."""
-        self._send(_FAREWELL, wait_s=deadline_s)
-        end_s = time.perf_counter() + deadline_s
+        now_s = time.perf_counter()
+        end_s = now_s + deadline_s
+        self._send(_FAREWELL, now_s, wait_s=deadline_s)
         while not self._is_gone and time.perf_counter() < end_s:
             self._listen(time.perf_counter())
             time.sleep(0.001)
         if self._is_gone and (self._sending is None or self._sending.Test()):
             self._comm.Free()
 
-    def _send(self, tick: int, *, wait_s: float = 0.0) -> None:
+    def _send(self, tick: int, now_s: float, *, wait_s: float = 0.0) -> None:
         """One message at a time: a rank that is stopped takes none, and they must not pile up."""
-        end_s = time.perf_counter() + wait_s
+        end_s = now_s + wait_s
         while self._sending is not None and not self._sending.Test():
             if time.perf_counter() >= end_s:
                 return
             time.sleep(0.001)
         self._outgoing = np.array([tick], np.int64)
         self._sending = self._comm.Isend(self._outgoing, self._next, _TAG)
-        self._sent_s = time.perf_counter()
+        self._sent_s = now_s
 
     def _listen(self, now_s: float) -> None:
         incoming = np.empty(1, np.int64)

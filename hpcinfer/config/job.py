@@ -13,6 +13,7 @@ from hpcinfer.request import SamplingParams
 from hpcinfer.units import parse_bytes
 
 EXPERT_FORMS = ("unpacked", "packed")
+DEVICES = ("auto", "cpu", "cuda")
 MODEL_DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
@@ -58,8 +59,11 @@ class DataSection:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EngineSection:
-    """The `[engine]` section: batching and memory of one replica."""
+    """The `[engine]` section: device, batching and memory of one replica."""
 
+    device: str = "auto"
+    """Where ranks compute: cuda (each rank a GPU of its own, by its number on the node), cpu, or auto: GPUs where all ranks have
+    one. Default auto."""
     attention: str = "auto"
     """Attention backend by name, or auto. Default auto."""
     block_size: int = 16
@@ -76,6 +80,8 @@ class EngineSection:
     """Longest prompt plus output in tokens; rows above it fail. Default 0: what the model allows."""
 
     def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise ConfigError(f"engine.device = {self.device!r}", fix=f"give one of {', '.join(DEVICES)}")
         for name in ("block_size", "max_batch_tokens", "max_sequences"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"engine.{name} = {getattr(self, name)}", fix="give 1 or more")
@@ -96,10 +102,17 @@ class CommSection:
     nothing for longer than this and run.retry_s. Seconds, default 600."""
     strict: bool = False
     """One transfer at a time on each communicator, synchronous sends: slower, shows ordering mistakes. For tests."""
+    heartbeat_s: float = 10.0
+    """Each rank sends another one a sign of life so often, at least four times within deadline_s; one that is silent for twice
+    deadline_s ends the run with a report. Seconds, 0 switches it off. Default 10."""
+    share_gpu: bool = False
+    """Several ranks may have one GPU: slow, for tests on a machine with a single one. Default false."""
 
     def __post_init__(self) -> None:
         if not self.deadline_s > 0:
             raise ConfigError(f"comm.deadline_s = {self.deadline_s}", fix="give seconds above 0")
+        if not 0 <= self.heartbeat_s < math.inf:
+            raise ConfigError(f"comm.heartbeat_s = {self.heartbeat_s}", fix="give 0 (no heartbeats) or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -119,11 +120,10 @@ def _abort_before_start(code: int) -> None:
 
 
 def _kill_after(seconds: int) -> None:
-    # The kernel's own alarm: it also ends a process that is stuck in C code or in the interpreter's exit.
-    try:
+    # The kernel's own alarm: it also ends a process that is stuck in C code or in the interpreter's exit. Only the main thread
+    # may set a handler; nobody here does, so that on another one the alarm still kills.
+    if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    except ValueError:
-        return  # not on the main thread: the launcher has to notice
     signal.alarm(seconds)
 
 

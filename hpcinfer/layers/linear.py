@@ -206,5 +206,14 @@ class RowParallelLinear:
 
     def forward(self, x: torch.Tensor) -> Segments:
         """x [T, in_features / ranks] -> [P, D], this rank's part of the stream. Collective: one reduction over tp."""
-        y = yield from self._stream.reduce(F.linear(x, self.weight, self.bias), label=self.label)
+        y = yield from self._stream.reduce(self._product(x), label=self.label)
         return y
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        """Partial sums [T, D], straight in the memory that the reduction works on where there is such."""
+        out = self._stream.memory(x.shape[0], self.out_features, x.dtype)
+        if out is None:
+            return F.linear(x, self.weight, self.bias)
+        if self.bias is None:
+            return torch.mm(x, self.weight.t(), out=out)
+        return torch.addmm(self.bias, x, self.weight.t(), out=out)

@@ -38,6 +38,10 @@ class TokenStream(ABC):
     def reduce(self, partial: torch.Tensor, *, label: str) -> Segments:
         """Partial sums [T, D] of every rank -> this rank's part [P, D] of their sum. Collective over tp."""
 
+    def memory(self, num_tokens: int, width: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """Where partial sums [T, D] that go into `reduce` next are best computed; None: anywhere."""
+        return None
+
     @abstractmethod
     def select(self, x: torch.Tensor, rows: torch.Tensor, num_tokens: int, *, label: str) -> Segments:
         """x [P, D], int64 rows [S] out of T -> [S, D] on every rank."""
@@ -60,6 +64,9 @@ class ReplicatedStream(TokenStream):
     def gather(self, x: torch.Tensor, num_tokens: int, *, label: str) -> Segments:
         return x
         yield
+
+    def memory(self, num_tokens: int, width: int, dtype: torch.dtype) -> torch.Tensor | None:
+        return self.tp.memory((num_tokens, width), dtype)
 
     def reduce(self, partial: torch.Tensor, *, label: str) -> Segments:
         total = yield self.tp.all_reduce(partial, label=label)

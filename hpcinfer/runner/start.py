@@ -82,6 +82,8 @@ def run_as_started(
     config = agree_or_raise(world.channel, lambda: load_job(job, overrides))
     world.deadline_s = world.channel.deadline_s = config.comm.deadline_s
     world.strict = world.strict or config.comm.strict
+    world.watch(lambda error: end_with(error, place), heartbeat_s=config.comm.heartbeat_s)
+    world.use_device(config.engine.device, share_gpu=config.comm.share_gpu)
     summary = run_job(config, world, environment=environment, drain=drain, quiet=quiet)
     world.close()
     return summary
