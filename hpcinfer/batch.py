@@ -31,7 +31,8 @@ class MicroBatch:
     sequence_ids: tuple[int, ...]
     """N numbers that the scheduler gave to its sequences."""
     token_ids: np.ndarray
-    """int32 [T]."""
+    """int32 [T]. A negative one, -1 - i, is not known on the host yet: it is the i-th token that this lane draws in the step
+    before (`SchedulerLimits.run_ahead`)."""
     query_lens: np.ndarray
     """int32 [N]: tokens to compute for each sequence; they add up to T."""
     context_lens: np.ndarray

@@ -70,10 +70,14 @@ class World:
     nccl_settings: dict[str, str] = dataclasses.field(default_factory=dict)
     """NCCL's variables that are in force, its version under "version"."""
 
-    @property
-    def mark(self) -> Mark:
-        """What this rank is working on."""
-        return Mark() if self.progress is None else self.progress.mark
+    def reporting(self) -> Reporting:
+        """How what this rank does is named in reports, and who records it."""
+        if self.progress is None:
+            return Reporting(mark=Mark(), host=self.host)
+        progress = self.progress
+        return Reporting(
+            mark=progress.mark, world_rank=self.rank, host=self.host, recorder=lambda: progress.recorder
+        )
 
     def watch(self, on_failure: Callable[[CommunicationError], None], *, heartbeat_s: float = 0.0) -> None:
         """Look for what is stuck from now on. Collective.
@@ -88,7 +92,7 @@ class World:
         if heartbeat_s > 0:
             hosts = self.channel.all_gather(self.host)
             period_s = min(heartbeat_s, self.deadline_s / 4)
-            heart = Heart(self.mpi_comm.Dup(), hosts=hosts, mark=self.mark, period_s=period_s)
+            heart = Heart(self.mpi_comm.Dup(), hosts=hosts, mark=self.progress.mark, period_s=period_s)
         self.watchdog = Watchdog(on_failure, deadline_s=self.deadline_s, heart=heart)
 
     def use_device(self, setting: str, *, nccl: Mapping[str, str] | None = None, share_gpu: bool = False) -> None:
@@ -226,10 +230,8 @@ def _split_nccl(world: World, ranks: Sequence[int] | None, name: str) -> Communi
     if len(ranks) == 1:
         return LocalCommunicator(name, world.device)
     return NcclCommunicator(
-        channel, name, device=world.device, nccl=world.nccl, deadline_s=world.deadline_s, world_ranks=tuple(ranks),
-        reporting=Reporting(
-            mark=world.mark, world_rank=world.rank, host=world.host, recorder=lambda: world.progress.recorder
-        ),
+        channel, name, device=world.device, nccl=world.nccl, reporting=world.reporting(), deadline_s=world.deadline_s,
+        world_ranks=tuple(ranks),
     )
 
 

@@ -1,7 +1,8 @@
-"""Operations on a stream of their own, from their issue to their end.
+"""Operations on a device, from their issue to their end.
 
-An operation starts when the work that the computing stream has queued so far is over; whoever wants its result lets the
-computing stream, not the host, wait for its end. Nobody polls for that; what is over is let go of when somebody asks.
+An operation of a communicator runs on a stream of its own: it starts when the work that the computing stream has queued so far
+is over, and whoever wants its result lets the computing stream, not the host, wait for its end. Nobody polls for that; what is
+over is let go of when somebody asks.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ class Reporting:
     """Returns what to tell of every operation; None records nothing."""
 
 
-class DeviceQueue(OperationQueue):
-    """The operations of one communicator on a stream of their own.
+class EventQueue(OperationQueue):
+    """Operations that are over when an event is. Nobody need wait for them; the watchdog finds those that never end.
 
     Args:
         name, rank, size, counters, world_ranks: see OperationQueue.
@@ -78,46 +79,15 @@ class DeviceQueue(OperationQueue):
         self.deadline_s = deadline_s
         self._streams = streams
         self._reporting = reporting
-        self._stream = streams.create()
         self._in_flight: collections.deque[DeviceOperation] = collections.deque()
         self._polling = threading.Lock()
 
-    def start(self, operations: Sequence[DeviceOperation], launch: Launch) -> None:
-        """Queue what `launch` puts on the stream as these operations, behind what the current stream has been given."""
-        stream, capturing = self._stream, self._streams.is_capturing()
-        now_s = time.perf_counter()
-        timed = self._reporting.recorder() is not None and not capturing
-        stream.wait_event(self._streams.current().record_event())
-        begin = stream.record_event(self._streams.timed_event()) if timed else None
-        try:
-            launch(stream.cuda_stream)
-        except Exception as cause:
-            raise self.fail(f"{operations[0].verb} on communicator {self.name!r} failed", cause) from cause
-        end = stream.record_event(self._streams.timed_event() if timed else None)
-        for operation in operations:
-            self.issue(operation, now_s, self._reporting.mark)
-            operation.begin, operation.end = begin, end
-            if not capturing:  # the end of a captured operation cannot be asked for
-                self._in_flight.append(operation)
-
-    def order_after(self, operation: DeviceOperation) -> None:
-        """The current stream goes on when `operation` is over. The host does not wait."""
-        if operation.end is None:
-            raise CommunicationError(
-                f"wait for {operation.verb} on communicator {self.name!r} before its group has ended",
-                fix="wait after the `with group():` block",
-            )
-        if self.failure is not None:
-            raise self.failure
-        current = self._streams.current()
-        if operation.begin is None:
-            current.wait_event(operation.end)
-        else:
-            before = current.record_event(self._streams.timed_event())
-            current.wait_event(operation.end)
-            operation.blocked = (before, current.record_event(self._streams.timed_event()))
-        # What is allocated from here on is used behind the wait, so the memory may be used again.
-        operation.buffers = None
+    def track(self, operation: DeviceOperation, begin: Event | None, end: Event) -> None:
+        """Number an operation whose work has just been queued, and look after it."""
+        self.issue(operation, time.perf_counter(), self._reporting.mark)
+        operation.begin, operation.end = begin, end
+        if not self._streams.is_capturing():  # the end of a captured operation cannot be asked for
+            self._in_flight.append(operation)
 
     def is_over(self, operation: DeviceOperation) -> bool:
         """True when nothing waits for it any more. Never blocks."""
@@ -162,8 +132,53 @@ class DeviceQueue(OperationQueue):
         return self.failure
 
     def _over(self, operation: DeviceOperation) -> None:
+        """An operation is over. Under the lock, on any thread."""
         operation.finished = True
         operation.buffers = None
+
+
+class DeviceQueue(EventQueue):
+    """The operations of one communicator on a stream of their own. Arguments as of EventQueue."""
+
+    def __init__(self, name: str, rank: int, size: int, counters: Any, **settings: Any) -> None:
+        super().__init__(name, rank, size, counters, **settings)
+        self._stream = self._streams.create()
+
+    def start(self, operations: Sequence[DeviceOperation], launch: Launch) -> None:
+        """Queue what `launch` puts on the stream as these operations, behind what the current stream has been given."""
+        stream = self._stream
+        timed = self._reporting.recorder() is not None and not self._streams.is_capturing()
+        stream.wait_event(self._streams.current().record_event())
+        begin = stream.record_event(self._streams.timed_event()) if timed else None
+        try:
+            launch(stream.cuda_stream)
+        except Exception as cause:
+            raise self.fail(f"{operations[0].verb} on communicator {self.name!r} failed", cause) from cause
+        end = stream.record_event(self._streams.timed_event() if timed else None)
+        for operation in operations:
+            self.track(operation, begin, end)
+
+    def order_after(self, operation: DeviceOperation) -> None:
+        """The current stream goes on when `operation` is over. The host does not wait."""
+        if operation.end is None:
+            raise CommunicationError(
+                f"wait for {operation.verb} on communicator {self.name!r} before its group has ended",
+                fix="wait after the `with group():` block",
+            )
+        if self.failure is not None:
+            raise self.failure
+        current = self._streams.current()
+        if operation.begin is None:
+            current.wait_event(operation.end)
+        else:
+            before = current.record_event(self._streams.timed_event())
+            current.wait_event(operation.end)
+            operation.blocked = (before, current.record_event(self._streams.timed_event()))
+        # What is allocated from here on is used behind the wait, so the memory may be used again.
+        operation.buffers = None
+
+    def _over(self, operation: DeviceOperation) -> None:
+        super()._over(operation)
         recorder = self._reporting.recorder()
         if operation.begin is None or recorder is None:
             return

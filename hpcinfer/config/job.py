@@ -14,6 +14,7 @@ from hpcinfer.units import parse_bytes
 
 EXPERT_FORMS = ("unpacked", "packed")
 DEVICES = ("auto", "cpu", "cuda")
+SWITCH = ("auto", "on", "off")
 MODEL_DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
@@ -78,10 +79,15 @@ class EngineSection:
     """Most sequences in work at once in a replica. Default 256."""
     max_context: int = 0
     """Longest prompt plus output in tokens; rows above it fail. Default 0: what the model allows."""
+    run_ahead: str = "auto"
+    """Queue a step before the tokens of the one before it are known on the host: a GPU then never waits for scheduling. Costs a
+    token too many for each row. on, off, or auto: on GPUs with one stage and one step in flight. Default auto."""
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
             raise ConfigError(f"engine.device = {self.device!r}", fix=f"give one of {', '.join(DEVICES)}")
+        if self.run_ahead not in SWITCH:
+            raise ConfigError(f"engine.run_ahead = {self.run_ahead!r}", fix=f"give one of {', '.join(SWITCH)}")
         for name in ("block_size", "max_batch_tokens", "max_sequences"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"engine.{name} = {getattr(self, name)}", fix="give 1 or more")

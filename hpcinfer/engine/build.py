@@ -15,12 +15,15 @@ import torch
 from hpcinfer.attention.base import AttentionBackend
 from hpcinfer.attention.registry import ENVIRONMENT_VARIABLE, attention_query, select_backend
 from hpcinfer.comm.host import HostChannel
+from hpcinfer.comm.streams import CudaStreams
 from hpcinfer.config.job import EngineSection
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.config.parallel import ParallelConfig, check_layout
+from hpcinfer.errors import ConfigError
 from hpcinfer.engine.memory import context_limit, num_kv_blocks
 from hpcinfer.engine.overlap import with_two_batch
 from hpcinfer.engine.replica import Replica
+from hpcinfer.engine.step_clock import DeviceStepClock, HostStepClock, StepClock
 from hpcinfer.engine.worker import Worker
 from hpcinfer.models.base import StageModel
 from hpcinfer.models.footprint import layer_cost
@@ -85,13 +88,15 @@ def plan_replica(
         minimum={"num_blocks": blocks},
         leader={"block_size": engine.block_size, "attention": attention.name},
     )
+    ahead = runs_ahead(engine.run_ahead, parallel, device)
     limits = SchedulerLimits(
         num_blocks=agreed["num_blocks"],
         block_size=agreed["block_size"],
         max_batch_tokens=engine.max_batch_tokens,
         max_sequences=engine.max_sequences,
         max_context=context_limit(model, engine),
-        lag=parallel.num_in_flight,
+        lag=parallel.num_in_flight + ahead,
+        run_ahead=ahead,
         num_lanes=parallel.sp,
         sp_min_tokens=parallel.sp_min_tokens,
         eos_token_ids=frozenset(model.eos_token_ids),
@@ -100,6 +105,23 @@ def plan_replica(
         model=model, dtype=dtype, layers=layers, device=device, attention=attention, two_batch=parallel.two_batch,
         limits=limits,
     )
+
+
+def runs_ahead(setting: str, parallel: ParallelConfig, device: torch.device) -> bool:
+    """What `engine.run_ahead` comes to.
+
+    Raises:
+        ConfigError: asked for where steps are in flight anyway.
+    """
+    if parallel.num_in_flight == 1:
+        return setting == "on" or (setting == "auto" and device.type == "cuda")
+    if setting == "on":
+        raise ConfigError(
+            'engine.run_ahead = "on" with several steps in flight',
+            found=f"parallel.pp = {parallel.pp}, parallel.microbatches = {parallel.num_in_flight}",
+            fix="leave it at auto: the steps of other sequences keep every stage busy; parallel.microbatches = pp + 1 hides the host",
+        )
+    return False
 
 
 def _plan_rank(
@@ -169,10 +191,24 @@ def build_replica(
         lane = groups.mesh.lane
         nvtx = torch.cuda.nvtx if recorder is not None and plan.device.type == "cuda" else None
         runner = StageRunner(model, kv, links, lane=lane, watch=SegmentWatch(groups.mark, recorder, nvtx))
-        worker = Worker(runner, groups, device=plan.device, clock=clock, recorder=recorder)
+        worker = Worker(
+            runner, groups, device=plan.device, clock=_step_clock(plan.device, groups, clock),
+            run_ahead=plan.limits.run_ahead, recorder=recorder,
+        )
         groups.warmup()
         limits = with_two_batch(plan.two_batch, model, kv, plan.limits, groups.control, lane=lane)
     return Replica(
         worker=worker, scheduler=Scheduler(limits, lane), control=groups.control, mark=groups.mark, recorder=recorder,
         expert_load=model.expert_load,
     )
+
+
+def _step_clock(device: torch.device, groups: ReplicaGroups, clock: PhaseClock) -> StepClock:
+    if device.type != "cuda":
+        return HostStepClock(clock, groups.wait_s)
+    steps = DeviceStepClock(
+        clock, streams=CudaStreams(device), reporting=groups.reporting, deadline_s=groups.deadline_s
+    )
+    if groups.watchdog is not None:
+        groups.watchdog.watch(steps)
+    return steps

@@ -131,7 +131,7 @@ class Replica:
     def _results(self, tick: int) -> tuple[np.ndarray, np.ndarray]:
         drawn = self._drawing.pop(tick, [])
         ids = [np.array(ids, np.int64) for ids, _ in drawn]
-        tokens = [handle.wait().cpu().numpy() for _, handle in drawn]
+        tokens = [handle.wait().numpy() for _, handle in drawn]
         return np.concatenate([np.empty(0, np.int64), *ids]), np.concatenate([np.empty(0, np.int64), *tokens])
 
     def _take(self, message: TickMessage) -> tuple[list[EndedSequence], PlannedStep | None]:
@@ -157,7 +157,8 @@ class Replica:
         if not drawn:
             return None
         sequences = (self.scheduler.sequence(number) for number in drawn)
-        return SamplingBatch.of((sequence.request, len(sequence.tokens)) for sequence in sequences)
+        # Whatever of the tokens before is known: the next one's position is the number of those that are computed.
+        return SamplingBatch.of((sequence.request, sequence.num_computed) for sequence in sequences)
 
 
 class _LookAhead:

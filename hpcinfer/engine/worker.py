@@ -9,8 +9,9 @@ from collections.abc import Callable
 import torch
 
 from hpcinfer.batch import Step
-from hpcinfer.comm.communicator import FinishedHandle, Handle
-from hpcinfer.observe.metrics import PhaseClock
+from hpcinfer.comm.communicator import Handle
+from hpcinfer.engine.host_copy import HostCopies
+from hpcinfer.engine.step_clock import StepClock
 from hpcinfer.observe.trace import COMPUTE, Recorder
 from hpcinfer.parallel.groups import ReplicaGroups
 from hpcinfer.pipeline.runner import PreparedStep, StageRunner
@@ -29,7 +30,7 @@ class PlannedStep:
     sampling: SamplingBatch | None
     """What this rank draws with; None where it draws nothing."""
     returning: dict[int, Handle]
-    """On the leader: lane -> tokens that another rank draws, int64 [S]."""
+    """On the leader: lane -> tokens that another rank draws, int64 [S], on their way to the host."""
 
     @property
     def step(self) -> Step:
@@ -42,11 +43,14 @@ class Worker:
     One rank of each lane samples (the last stage's first tp rank), one of the replica leads (the first stage's first). Where
     they are not the same rank the drawn tokens travel over `groups.tokens`.
 
+    Running ahead (`SchedulerLimits.run_ahead`), the drawn tokens also stay on the devices of their lane, for the next step.
+
     Args:
         runner: this rank's stage.
         groups: this rank's communicators and its place in the mesh.
         device: where the stage computes.
-        clock: where prefill, decode and communication times are added.
+        clock: measures steps.
+        run_ahead: drawn tokens stay for the next step.
         recorder: gets the drawing of tokens.
     """
 
@@ -56,7 +60,8 @@ class Worker:
         groups: ReplicaGroups,
         *,
         device: torch.device,
-        clock: PhaseClock,
+        clock: StepClock,
+        run_ahead: bool = False,
         recorder: Recorder | None = None,
     ) -> None:
         self._runner = runner
@@ -67,6 +72,9 @@ class Worker:
         self._device = device
         self._clock = clock
         self._recorder = recorder
+        self._copies = HostCopies(device)
+        self._run_ahead = run_ahead
+        self._kept: Handle | None = None
         self._outbox = Outbox()
 
     def drawn_here(self, step: Step) -> tuple[int, ...]:
@@ -85,7 +93,7 @@ class Worker:
             for lane, link in self._groups.tokens.items():
                 if step.drawing[lane]:
                     tokens = torch.empty(len(step.drawing[lane]), dtype=torch.int64, device=self._device)
-                    returning[lane] = link.recv(tokens, SAMPLER, label="tokens")
+                    returning[lane] = self._copies.of_transfer(link.recv(tokens, SAMPLER, label="tokens"))
         return PlannedStep(prepared=self._runner.prepare(step), sampling=sampling, returning=returning)
 
     def execute(self, planned: PlannedStep, *, between: Callable[[], None] | None = None) -> dict[int, Handle]:
@@ -95,22 +103,21 @@ class Worker:
             between: called between segments of computation.
 
         Returns:
-            On the leader handles of the drawn tokens, lane -> int64 [S]; empty elsewhere.
+            On the leader handles of the drawn tokens, lane -> int64 [S] in host memory; empty elsewhere.
         """
-        start_s, waited_s = time.perf_counter(), self._groups.wait_s()
-        logits = self._runner.run(planned.prepared, between=between)
-        computed_s = time.perf_counter()
-        self._groups.mark.set(planned.step.tick)
+        step = planned.step
+        with self._clock.measured(step):
+            kept = None if self._kept is None else self._kept.wait()
+            logits = self._runner.run(planned.prepared, drawn=kept, between=between)
+            self._groups.mark.set(step.tick)
+            tokens = None if planned.sampling is None else self._draw(logits, planned)
+            if self._run_ahead:
+                self._keep(tokens, len(step.drawing[self._lane]))
         drawn = dict(planned.returning)
-        if planned.sampling is not None:
-            tokens = sample(logits, planned.sampling)
-            if self._leads:
-                drawn[self._lane] = FinishedHandle(tokens)
-            else:
-                self._outbox.add(self._groups.tokens[self._lane].send(tokens, LEADER, label="tokens"))
-            if self._recorder is not None:
-                self._recorder.add(COMPUTE, "sample", computed_s, tick=planned.step.tick)
-        self._count(planned.step, time.perf_counter() - start_s, self._groups.wait_s() - waited_s)
+        if tokens is not None and self._leads:
+            drawn[self._lane] = self._copies.of_tensor(tokens, "tokens")
+        elif tokens is not None:
+            self._outbox.add(self._groups.tokens[self._lane].send(tokens, LEADER, label="tokens"))
         return drawn
 
     def drain(self) -> None:
@@ -118,9 +125,19 @@ class Worker:
         self._runner.drain()
         self._outbox.drain()
 
-    def _count(self, step: Step, elapsed_s: float, waited_s: float) -> None:
-        """A mixed step's time is shared between the two phases by tokens."""
-        prefill_share = sum(part.num_prefill_tokens for part in step.parts) / max(step.num_tokens, 1)
-        self._clock.add("prefill", (elapsed_s - waited_s) * prefill_share)
-        self._clock.add("decode", (elapsed_s - waited_s) * (1 - prefill_share))
-        self._clock.add("communication", waited_s)
+    def _draw(self, logits: torch.Tensor, planned: PlannedStep) -> torch.Tensor:
+        """float32 logits [S, V] -> int64 [S]."""
+        start_s = time.perf_counter()
+        tokens = sample(logits, planned.sampling)
+        if self._recorder is not None:
+            self._recorder.add(COMPUTE, "sample", start_s, tick=planned.step.tick)
+        return tokens
+
+    def _keep(self, tokens: torch.Tensor | None, count: int) -> None:
+        """The `count` tokens that this lane's sampler has drawn, on all its tp ranks, until the next step. Collective over tp."""
+        if count == 0:
+            self._kept = None
+            return
+        if tokens is None:
+            tokens = torch.empty(count, dtype=torch.int64, device=self._device)
+        self._kept = self._groups.axes.tp.broadcast(tokens, 0, label="drawn")

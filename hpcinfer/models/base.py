@@ -49,19 +49,32 @@ class StageInputs:
         device: torch.device,
         lane: int = 0,
         hidden: torch.Tensor | None = None,
+        drawn: torch.Tensor | None = None,
     ) -> StageInputs:
-        """Make the tensors of a microbatch on a rank of `lane`. `hidden` is given on every stage but the first."""
+        """Make the tensors of a microbatch on a rank of `lane`.
+
+        Args:
+            hidden: given on every stage but the first.
+            drawn: int64, the tokens that this lane drew in the step before; read where token ids are negative.
+        """
         ends = np.cumsum(microbatch.query_lens, dtype=np.int64) - 1
-        drawn = np.asarray(microbatch.samples, bool) & (np.asarray(microbatch.query_lens) > 0)
+        draws = np.asarray(microbatch.samples, bool) & (np.asarray(microbatch.query_lens) > 0)
         token_ids = None
         if hidden is None:
             token_ids = torch.from_numpy(np.asarray(microbatch.token_ids, np.int64)).to(device)
+            if (microbatch.token_ids < 0).any():
+                token_ids = with_drawn(token_ids, drawn)
         return cls(
             metadata=build_metadata(microbatch, block_size, device, lane=lane),
-            sample_indices=torch.from_numpy(ends[drawn]).to(device),
+            sample_indices=torch.from_numpy(ends[draws]).to(device),
             token_ids=token_ids,
             hidden=hidden,
         )
+
+
+def with_drawn(token_ids: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """token_ids int64 [T], in which -1 - i stands for drawn[i] -> the ids. Where a draw gave no token, any id will do."""
+    return torch.where(token_ids < 0, drawn[(-1 - token_ids).clamp_(min=0)], token_ids).clamp_(min=0)
 
 
 class StageModel(ABC):

@@ -6,8 +6,11 @@ import dataclasses
 
 from hpcinfer.comm.bootstrap import World, local_world, split, split_channel
 from hpcinfer.comm.communicator import Communicator
+from hpcinfer.comm.device_queue import Reporting
 from hpcinfer.comm.host import HostChannel
+from hpcinfer.comm.mpi import DEADLINE_S
 from hpcinfer.comm.operation import Mark
+from hpcinfer.comm.watchdog import Watchdog
 from hpcinfer.errors import ConfigError
 from hpcinfer.parallel.axes import StageAxes
 from hpcinfer.parallel.mesh import Mesh
@@ -29,8 +32,17 @@ class ReplicaGroups:
     leader. On the leader every lane whose sampler is another rank, on such a sampler its own lane, empty on all others."""
     control: HostChannel
     """Objects among all ranks of the replica; rank 0 is the leader."""
-    mark: Mark = dataclasses.field(default_factory=Mark)
-    """What this rank is working on: reports and records of transfers name it."""
+    reporting: Reporting
+    """How what this rank does is named in reports and records."""
+    watchdog: Watchdog | None = None
+    """Finds what is stuck on a device."""
+    deadline_s: float = DEADLINE_S
+    """Seconds that any wait may last."""
+
+    @property
+    def mark(self) -> Mark:
+        """What this rank is working on: reports and records of transfers name it."""
+        return self.reporting.mark
 
     def communicators(self) -> list[Communicator]:
         """Those that this rank has, each once, for summing counters and checks."""
@@ -101,7 +113,7 @@ def build_groups(world: World, mesh: Mesh, *, sequence_form: bool = False) -> Re
     return ReplicaGroups(
         mesh=mesh, axes=axes, from_previous=links.get(-1), to_next=links.get(+1),
         tokens=_token_links(world, mesh), control=split_channel(world, mesh.replica_ranks(), "control"),
-        mark=world.mark,
+        reporting=world.reporting(), watchdog=world.watchdog, deadline_s=world.deadline_s,
     )
 
 

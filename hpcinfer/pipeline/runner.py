@@ -53,10 +53,17 @@ class StageRunner:
         return PreparedStep(step=step, arriving=tuple(self._receive(part) for part in step.parts))
 
     @torch.inference_mode()
-    def run(self, prepared: PreparedStep, *, between: Callable[[], None] | None = None) -> torch.Tensor | None:
+    def run(
+        self,
+        prepared: PreparedStep,
+        *,
+        drawn: torch.Tensor | None = None,
+        between: Callable[[], None] | None = None,
+    ) -> torch.Tensor | None:
         """Compute a step on this stage; its parts take turns.
 
         Args:
+            drawn: int64, the tokens that this lane drew in the step before, where the host may not know them.
             between: called between segments of computation.
 
         Returns:
@@ -68,7 +75,7 @@ class StageRunner:
         ]
         parts = [part for part, _ in active]
         outputs = interleave(
-            [self._forward(part, arriving) for part, arriving in active], between=between,
+            [self._forward(part, arriving, drawn) for part, arriving in active], between=between,
             before_segment=self._watch.before_segment(parts), on_segment=self._watch.on_segment(parts),
         )
         if not self._links.is_last:
@@ -89,14 +96,15 @@ class StageRunner:
         """A lane without tokens of its own computes only where other lanes need it."""
         return bool(part.num_tokens or any(part.shared_lens) or self._model.axes.ep_spans_lanes)
 
-    def _forward(self, part: MicroBatch, arriving: Handle | None) -> Segments:
+    def _forward(self, part: MicroBatch, arriving: Handle | None, drawn: torch.Tensor | None) -> Segments:
         """One microbatch: wait for its activations, compute, send on."""
         hidden = None
         if not self._links.is_first:
             # A turn is taken without tokens too, so that all lanes issue their transfers in the same order.
             hidden = yield arriving or FinishedHandle(self._links.empty(), "activations")
         inputs = StageInputs.from_microbatch(
-            part, block_size=self._kv.layout.block_size, device=self._model.device, lane=self._lane, hidden=hidden
+            part, block_size=self._kv.layout.block_size, device=self._model.device, lane=self._lane, hidden=hidden,
+            drawn=drawn,
         )
         output = yield from self._model.forward(inputs, self._kv)
         if not self._links.is_last and part.num_tokens:

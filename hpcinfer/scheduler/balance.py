@@ -15,7 +15,7 @@ _LEAST_SHARE = 8
 
 def share(count: int, limits: SchedulerLimits) -> int:
     """An equal share, rounded up, of `count` for each step in flight: it keeps every stage busy."""
-    return -(-count // limits.lag)
+    return -(-count // limits.num_in_flight)
 
 
 def step_tokens(
@@ -40,7 +40,7 @@ def step_tokens(
         room: how many of them may be.
     """
     most, num_lanes = limits.max_batch_tokens, limits.num_lanes
-    if limits.lag == 1:
+    if limits.num_in_flight == 1:
         return most
     local, spread = [0] * num_lanes, 0
     for sequence in prefilling:
@@ -52,7 +52,7 @@ def step_tokens(
     for sequence in itertools.islice(waiting, room):
         num_tokens = len(sequence.tokens)
         num_free -= pages.blocks_for(num_tokens) * (num_lanes if is_shared(num_tokens, limits) else 1)
-        if num_free < 0 or spread >= limits.lag * most * num_lanes:
+        if num_free < 0 or spread >= limits.num_in_flight * most * num_lanes:
             break
         spread += num_tokens
     pending = num_ready + max(local) - (-spread // num_lanes)

@@ -20,7 +20,7 @@ class SchedulerLimits:
     max_context: int
     """Longest sequence in tokens, prompt and output together."""
     lag: int
-    """Tick n uses the results up to tick n - lag; also the number of steps in flight."""
+    """Tick n uses the results up to tick n - lag."""
     eos_token_ids: frozenset[int]
     """The model's own end-of-sequence ids."""
     num_lanes: int = 1
@@ -31,6 +31,14 @@ class SchedulerLimits:
     """From this many tokens in its fullest lane on, a step is divided into two parts; 0 switches it off."""
     divide_decodes: bool = True
     """Whether that holds for steps without prefill too."""
+    run_ahead: bool = False
+    """A sequence is computed again in the tick after the one that draws its token, which the host then does not know yet: the
+    token stays on the device. A token too many, drawn after an end that was not known yet, is dropped."""
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps that share the sequences in work: each sequence is in one of so many ticks."""
+        return self.lag - self.run_ahead
 
     @property
     def num_tokens(self) -> int:
@@ -62,6 +70,10 @@ class SchedulerCounters:
     """Tokens computed in such prefills."""
     local_prefills_under_sp: int = 0
     """Sequences whose prefill by their owner lane alone began although there are several lanes."""
+    tokens_ahead: int = 0
+    """Decodes whose input token the host did not know."""
+    dropped_tokens: int = 0
+    """Tokens drawn after the end of their sequence."""
     divided_steps: int = 0
     """Steps of two parts."""
     divided_prompts: int = 0

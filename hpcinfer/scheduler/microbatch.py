@@ -25,11 +25,12 @@ def build_microbatch(work: Work, lane: int, *, tick: int, part: int, block_size:
         sequences = starts = query_lens = samples = ()
     own = _tokens(work.local[lane])
     if own == len(work.local[lane]) and not work.shared:
-        token_ids = [sequence.tokens[start] for sequence, start in zip(sequences, starts, strict=True)]
+        token_ids = [sequence.input_token(start) for sequence, start in zip(sequences, starts, strict=True)]
     else:
         token_ids = []
         for piece in entries:
-            token_ids += piece.sequence.tokens[piece.start : piece.start + piece.num_tokens]
+            known = piece.sequence.tokens[piece.start : piece.start + piece.num_tokens]
+            token_ids += known or [piece.sequence.input_token(piece.start)]
     shared_lens = tuple(map(_tokens, runs)) if work.shared else (0,) * num_lanes
     locals_ = [own if i == lane else _tokens(pieces) for i, pieces in enumerate(work.local)]
     return MicroBatch(

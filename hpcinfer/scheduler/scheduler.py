@@ -125,7 +125,7 @@ class Scheduler:
         self._tick = message.tick
         self.counters.ticks += 1
         self.pages.advance(self._tick)
-        while self._in_flight and self._in_flight[0].tick <= self._tick - self.limits.lag:
+        while self._in_flight and self._in_flight[0].tick <= self._tick - self.limits.num_in_flight:
             self._in_flight.popleft()
         ended = self._take_results(message.result_ids, message.result_tokens)
         for request in message.requests:
@@ -149,6 +149,11 @@ class Scheduler:
             drawing=drawing(parts),
         )
         self._count(work, parts, step)
+        for lane, drawn in enumerate(step.drawing):
+            for place, sequence_id in enumerate(drawn):
+                sequence = self._by_id[sequence_id]
+                sequence.num_awaited += 1
+                sequence.drawn_at = (lane, place)
         for piece in work.shared:
             if piece.draws:  # the owner decodes it; nobody else reads it after this step
                 self.pages.give_back(piece.sequence, self._tick, but=piece.sequence.owner)
@@ -168,8 +173,10 @@ class Scheduler:
         ended = []
         for sequence_id, token in zip(ids.tolist(), tokens.tolist(), strict=True):
             sequence = self._by_id.get(sequence_id)
-            if sequence is None:  # drained while its last token was in flight
+            if sequence is None:  # it ended, or was drained, while its last token was in flight
+                self.counters.dropped_tokens += 1
                 continue
+            sequence.num_awaited -= 1
             if token == NOT_A_TOKEN:
                 error = f"the model's logits are not finite numbers after {sequence.num_output_tokens} output tokens"
                 ended.append(self._end(sequence, FinishReason.NONE, error))
@@ -233,13 +240,14 @@ class Scheduler:
                 break
             start, lane = sequence.num_computed, sequence.owner
             # Its token is awaited; it is being prefilled, or was preempted in this very loop; its lane is full.
-            if start == len(sequence.tokens) or start < sequence.prefill_end or rooms[lane] == 0:
+            if not self._has_next_token(sequence) or start < sequence.prefill_end or rooms[lane] == 0:
                 continue
             if start == len(sequence.tables[lane]) * block_size and not self._take_page(sequence, lane):
                 continue
             sequence.num_computed = start + 1
             sequence.last_tick = tick
             work.local[lane].append(Piece(sequence, start, 1, True))
+            self.counters.tokens_ahead += start >= len(sequence.tokens)
             context_tokens += start
             rooms[lane] -= 1
             left -= 1
@@ -247,6 +255,15 @@ class Scheduler:
             budgets[lane] -= len(pieces)
             self.counters.decode_tokens += len(pieces)
         self.counters.decode_context_tokens += context_tokens
+
+    def _has_next_token(self, sequence: Sequence) -> bool:
+        """Whether the token after those that are computed is there: known, or, running ahead, on the device of its lane."""
+        if sequence.num_computed < len(sequence.tokens):
+            return True
+        return (
+            self.limits.run_ahead and sequence.num_awaited == 1 and sequence.drawn_at[0] == sequence.owner
+            and not sequence.ends_with_awaited(self.limits.max_context)
+        )
 
     def _choose_prefills(self, work: Work, budgets: list[int]) -> None:
         for sequence in list(self._prefilling.values()):

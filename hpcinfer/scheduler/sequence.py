@@ -17,7 +17,7 @@ class Sequence:
 
     __slots__ = (
         "id", "request", "tokens", "num_prompt_tokens", "num_computed", "prefill_end", "owner", "is_shared", "tables",
-        "last_tick", "num_preemptions",
+        "last_tick", "num_awaited", "drawn_at", "num_preemptions",
     )
 
     def __init__(self, sequence_id: int, request: Request, *, num_lanes: int = 1) -> None:
@@ -38,12 +38,20 @@ class Sequence:
         """Its pages in every lane, in order."""
         self.last_tick = NEVER
         """The last tick that computes some of it."""
+        self.num_awaited = 0
+        """Tokens that steps in flight draw: they exist on a device, and are not known here."""
+        self.drawn_at = (0, 0)
+        """Lane of the last of them, and its place among the tokens that this lane draws in that step."""
         self.num_preemptions = 0
 
     @property
     def num_to_compute(self) -> int:
         """Known tokens whose keys and values are not computed; 0 while a drawn token is awaited."""
         return len(self.tokens) - self.num_computed
+
+    def input_token(self, position: int) -> int:
+        """The token at `position` as `MicroBatch.token_ids` has it: its id, or where the device finds it."""
+        return self.tokens[position] if position < len(self.tokens) else -1 - self.drawn_at[1]
 
     @property
     def num_output_tokens(self) -> int:
@@ -53,6 +61,11 @@ class Sequence:
     def output_token_ids(self) -> np.ndarray:
         """int32: the output so far."""
         return np.array(self.tokens[self.num_prompt_tokens :], np.int32)
+
+    def ends_with_awaited(self, max_context: int) -> bool:
+        """True where nothing follows the tokens that are awaited, whatever they are."""
+        sampling, awaited = self.request.sampling, self.num_awaited
+        return self.num_output_tokens + awaited >= sampling.max_tokens or len(self.tokens) + awaited >= max_context
 
     def finish_reason(self, eos_token_ids: frozenset[int], max_context: int) -> FinishReason:
         """Why the sequence is over after its last token, or NONE."""

@@ -11,6 +11,8 @@ ON = {"two_batch": "2"}
 OFF = {"two_batch": "off"}
 LANES = {"sp_min_tokens": 12, **OFF}
 """Prompts of 12 tokens and more are spread over the lanes; the shorter ones of the rows are not."""
+AHEAD = {"engine": {"run_ahead": "on"}, "counters": ("chunked_prefills", "preemptions", "tokens_ahead")}
+"""Each step is queued before the tokens of the one before it are known."""
 FEW = 16
 """Pages a lane where several lanes share the rows: one sequence of 49 tokens takes 13, and max_context 16."""
 
@@ -36,6 +38,9 @@ DENSE = {
         "engine": {"max_sequences": 64, "max_batch_tokens": 512}, "counters": (),
     },
     "tp2, two-batch, batch of 5": {"ranks": 2, "layout": {"tp": 2, **ON}, "engine": {"max_sequences": 5}},
+    "tp1, run ahead": {"ranks": 1, "layout": OFF, **AHEAD},
+    "tp2, run ahead, two-batch": {"ranks": 2, "layout": {"tp": 2, **ON}, **AHEAD},
+    "sp2 x tp2, run ahead": {"ranks": 4, "layout": {"sp": 2, "tp": 2, **LANES}, "num_blocks": FEW, **AHEAD},
     "sp2": {"ranks": 2, "layout": {"sp": 2, **LANES}, "num_blocks": FEW},
     "sp3": {"ranks": 3, "layout": {"sp": 3, **LANES}, "num_blocks": FEW, "counters": ("chunked_prefills",)},
     "sp2 x tp2, two-batch": {"ranks": 4, "layout": {"sp": 2, "tp": 2, **LANES, **ON}, "num_blocks": FEW},
@@ -59,6 +64,7 @@ EXPERTS = {
     "sp3 ep3, two-batch": {
         "ranks": 3, "layout": {"sp": 3, "ep": 3, **LANES, **ON}, "num_blocks": FEW, "counters": ("chunked_prefills",),
     },
+    "sp2 x tp2 ep4, run ahead": {"ranks": 4, "layout": {"sp": 2, "tp": 2, "ep": 4, **LANES}, "num_blocks": FEW, **AHEAD},
     "pp2 x sp2 x tp2 ep4": {
         "ranks": 8, "layout": {"pp": 2, "sp": 2, "tp": 2, "ep": 4, **LANES}, "num_blocks": FEW,
     },

@@ -14,9 +14,12 @@ from hpcinfer.scheduler.scheduler import Scheduler
 from tests.unit.scheduler.simulation import EOS, SimulatedReplica, check_empty, limits, reference, request, run
 
 
-@pytest.mark.parametrize("lag", [1, 2, 3])
-def test_every_sequence_gets_the_tokens_of_the_model(lag):
-    replica = SimulatedReplica(limits(lag=lag))
+AHEAD = {"lag": 2, "run_ahead": True}
+
+
+@pytest.mark.parametrize("in_flight", [{"lag": 1}, {"lag": 2}, {"lag": 3}, AHEAD])
+def test_every_sequence_gets_the_tokens_of_the_model(in_flight):
+    replica = SimulatedReplica(limits(**in_flight))
     requests = [request(row, 1 + row * 3 % 37) for row in range(40)]
     ended = run(replica, requests)
     assert sorted(ended) == list(range(40))
@@ -28,9 +31,9 @@ def test_every_sequence_gets_the_tokens_of_the_model(lag):
     check_empty(replica)
 
 
-@pytest.mark.parametrize("lag", [1, 2, 3])
-def test_preemption_happens_and_changes_nothing(lag):
-    replica = SimulatedReplica(limits(lag=lag, num_blocks=20))
+@pytest.mark.parametrize("in_flight", [{"lag": 1}, {"lag": 2}, {"lag": 3}, AHEAD])
+def test_preemption_happens_and_changes_nothing(in_flight):
+    replica = SimulatedReplica(limits(**in_flight, num_blocks=20))
     requests = [request(row, 5 + row % 7, max_tokens=40, ignore_eos=True) for row in range(12)]
     ended = run(replica, requests)
     assert replica.scheduler.counters.preemptions > 0
@@ -63,6 +66,53 @@ def test_a_sequence_is_never_in_two_microbatches_before_its_token_exists():
             assert batch.tick - last_drawn.get(sequence_id, -100) >= 3
             if draws:
                 last_drawn[sequence_id] = batch.tick
+
+
+def test_running_ahead_every_sequence_is_in_every_step_and_its_last_token_is_dropped():
+    replica = SimulatedReplica(limits(**AHEAD, num_blocks=400))
+    requests = [request(row, 4, max_tokens=20) for row in range(16)]
+    ended = run(replica, requests)
+    replica.step()
+    counters = replica.scheduler.counters
+    decodes = [batch for batch in replica.batches if batch.num_prefill_tokens == 0]
+    assert decodes[0].num_entries == 16 and all((batch.token_ids < 0).all() for batch in decodes)
+    assert counters.tokens_ahead == counters.decode_tokens > 0
+    outputs = [len(sequence.output_token_ids) for sequence in ended.values()]
+    stopped = sum(sequence.reason is FinishReason.STOP for sequence in ended.values())
+    at_the_limit = sum(length == 20 and ended[row].reason is FinishReason.STOP for row, length in zip(ended, outputs, strict=True))
+    # An end that the host learns late costs one token; max_tokens is known beforehand and costs none.
+    assert counters.dropped_tokens == stopped - at_the_limit > 0
+    assert counters.decode_tokens + len(requests) == sum(outputs) + counters.dropped_tokens
+    # One step for each token of the longest, its prompt's included, and no gap between two.
+    assert len(replica.steps) == max(outputs)
+
+
+def test_running_ahead_a_failed_token_ends_its_sequence_alone():
+    replica = SimulatedReplica(limits(**AHEAD))
+    requests = [request(row, 5, max_tokens=10, ignore_eos=True) for row in range(4)]
+    replica.step(requests)
+    ids, tokens = replica.results[0]
+    replica.results[0] = (ids, [NOT_A_TOKEN, *tokens[1:]])
+    assert not replica.step()
+    ended = replica.step()
+    assert [e.request.row for e in ended] == [0] and "not finite" in ended[0].error
+    others = run(replica, [])
+    for wanted in requests[1:]:
+        assert others[wanted.row].output_token_ids.tolist() == reference(wanted, 100)
+
+
+def test_running_ahead_a_drain_keeps_what_is_known():
+    replica = SimulatedReplica(limits(**AHEAD))
+    requests = [request(row, 6, max_tokens=30, ignore_eos=True) for row in range(8)]
+    for tick in range(6):
+        assert not replica.step(requests if tick == 0 else [])
+    partial = replica.step(drain=True)
+    assert len(partial) == 8
+    for row in partial:
+        assert row.output_token_ids.tolist() == reference(row.request, 100)[: len(row.output_token_ids)]
+        assert len(row.output_token_ids) == 5, "those of tick 5 are in flight"
+    replica.step()
+    check_empty(replica)
 
 
 def test_context_limit_ends_a_sequence():
@@ -119,15 +169,15 @@ def test_rows_that_can_never_run_are_refused(num_tokens, max_tokens, words, kind
     scheduler.refuse(request(0, 20, max_tokens=8))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
-    lag=st.integers(1, 4), num_blocks=st.integers(14, 40), max_batch_tokens=st.integers(1, 40),
+    in_flight=st.sampled_from([{"lag": 1}, {"lag": 2}, {"lag": 3}, {"lag": 4}, AHEAD, AHEAD]), num_blocks=st.integers(14, 40), max_batch_tokens=st.integers(1, 40),
     max_sequences=st.integers(1, 12), at_once=st.integers(1, 10),
     lengths=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 20)), min_size=1, max_size=15),
 )
-def test_any_mix_ends_with_the_right_tokens(lag, num_blocks, max_batch_tokens, max_sequences, at_once, lengths):
+def test_any_mix_ends_with_the_right_tokens(in_flight, num_blocks, max_batch_tokens, max_sequences, at_once, lengths):
     replica = SimulatedReplica(
-        limits(lag=lag, num_blocks=num_blocks, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
+        limits(**in_flight, num_blocks=num_blocks, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
     )
     requests = [request(row, prompt, max_tokens=output) for row, (prompt, output) in enumerate(lengths)]
     for wanted in requests:
