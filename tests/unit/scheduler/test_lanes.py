@@ -56,7 +56,7 @@ STANDING = [
 CASES = [
     *[pytest.param(*case, (0, 1), id="{}-{}-{}".format(*case)) for case in STANDING],
     *[
-        pytest.param(*case, (2, 3, 4, 5), id="{}-{}-{}-more".format(*case), marks=pytest.mark.full)
+        pytest.param(*case, (2, 3), id="{}-{}-{}-more".format(*case), marks=pytest.mark.full)
         for case in COMBINATIONS
     ],
 ]
@@ -64,7 +64,7 @@ CASES = [
 
 @pytest.mark.parametrize(("lanes", "lag", "two_batch", "seeds"), CASES)
 def test_every_sequence_gets_the_tokens_of_the_model(lanes, lag, two_batch, seeds):
-    seen = collections.Counter()
+    seen, step_sizes = collections.Counter(), []
     for seed in seeds:
         chosen, requests, at_once = workload(seed, lanes, lag, two_batch)
         replica = SimulatedReplica(chosen)
@@ -79,8 +79,10 @@ def test_every_sequence_gets_the_tokens_of_the_model(lanes, lag, two_batch, seed
         for steps in replica.steps:
             check_balance(steps)
             check_kinds(replica, steps)
+        step_sizes.append(chosen.max_batch_tokens)
         seen.update(dataclasses.asdict(replica.scheduler.counters))
-    wanted = {"preemptions", "chunked_prefills", "prefill_tokens", "decode_tokens", "decode_microbatches"}
+    wanted = {"preemptions", "prefill_tokens", "decode_tokens", "decode_microbatches"}
+    wanted |= {"chunked_prefills"} if min(step_sizes) < LONGEST // 4 else set()
     sharing = {"shared_prefills", "shared_tokens", "local_prefills_under_sp", "empty_lane_steps"}
     dividing = {"divided_steps", "divided_prompts"}
     wanted |= sharing if lanes > 1 else set()
