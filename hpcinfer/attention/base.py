@@ -62,6 +62,9 @@ class AttentionBackend(ABC):
 
     name: str
     """Its name in settings, upper case."""
+    capturable: bool = False
+    """`forward` of a microbatch of decodes depends on device tensors and shapes alone, host numbers being upper bounds, and never
+    waits for the device: it can be captured in a CUDA graph."""
 
     @abstractmethod
     def refuses(self, query: AttentionQuery) -> str | None:

@@ -79,6 +79,9 @@ class EngineSection:
     """Most sequences in work at once in a replica. Default 256."""
     max_context: int = 0
     """Longest prompt plus output in tokens; rows above it fail. Default 0: what the model allows."""
+    graphs: str = "auto"
+    """Decode steps are captured in CUDA graphs at the start, for a few dozen sizes up to max_sequences, and replayed: on (an error
+    where that is not possible), off, or auto: on GPUs with an attention backend that allows it. Default auto."""
     run_ahead: str = "auto"
     """Queue a step before the tokens of the one before it are known on the host: a GPU then never waits for scheduling. Costs a
     token too many for each row. on, off, or auto: on GPUs with one stage and one step in flight. Default auto."""
@@ -86,8 +89,9 @@ class EngineSection:
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
             raise ConfigError(f"engine.device = {self.device!r}", fix=f"give one of {', '.join(DEVICES)}")
-        if self.run_ahead not in SWITCH:
-            raise ConfigError(f"engine.run_ahead = {self.run_ahead!r}", fix=f"give one of {', '.join(SWITCH)}")
+        for name in ("graphs", "run_ahead"):
+            if getattr(self, name) not in SWITCH:
+                raise ConfigError(f"engine.{name} = {getattr(self, name)!r}", fix=f"give one of {', '.join(SWITCH)}")
         for name in ("block_size", "max_batch_tokens", "max_sequences"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"engine.{name} = {getattr(self, name)}", fix="give 1 or more")

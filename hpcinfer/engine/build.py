@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -25,6 +26,7 @@ from hpcinfer.engine.overlap import with_two_batch
 from hpcinfer.engine.replica import Replica
 from hpcinfer.engine.step_clock import DeviceStepClock, HostStepClock, StepClock
 from hpcinfer.engine.worker import Worker
+from hpcinfer.kvcache.pool import KvPool
 from hpcinfer.models.base import StageModel
 from hpcinfer.models.footprint import layer_cost
 from hpcinfer.models.registry import model_class
@@ -32,10 +34,12 @@ from hpcinfer.observe.metrics import PhaseClock
 from hpcinfer.observe.trace import Recorder
 from hpcinfer.parallel.agree import agree, together
 from hpcinfer.parallel.groups import ReplicaGroups
+from hpcinfer.pipeline.graphs import CudaGraph, DecodeGraphs, Graph, decode_buckets
 from hpcinfer.pipeline.partition import explicit_split, split_layers
 from hpcinfer.pipeline.runner import StageRunner
 from hpcinfer.pipeline.transfer import StageLinks
 from hpcinfer.pipeline.watch import SegmentWatch
+from hpcinfer.scheduler.balance import share
 from hpcinfer.scheduler.limits import SchedulerLimits
 from hpcinfer.scheduler.scheduler import Scheduler
 
@@ -52,6 +56,8 @@ class ReplicaPlan:
     device: torch.device
     """Where this rank computes."""
     attention: AttentionBackend
+    graphs: bool
+    """Decode steps are captured and replayed."""
     two_batch: str
     """`parallel.two_batch`; what it comes to is measured when the weights are there."""
     limits: SchedulerLimits
@@ -86,7 +92,10 @@ def plan_replica(
     agreed = agree(
         groups.control,
         minimum={"num_blocks": blocks},
-        leader={"block_size": engine.block_size, "attention": attention.name},
+        leader={
+            "block_size": engine.block_size, "attention": attention.name,
+            "graphs": uses_graphs(engine.graphs, attention, device),
+        },
     )
     ahead = runs_ahead(engine.run_ahead, parallel, device)
     limits = SchedulerLimits(
@@ -102,9 +111,25 @@ def plan_replica(
         eos_token_ids=frozenset(model.eos_token_ids),
     )
     return ReplicaPlan(
-        model=model, dtype=dtype, layers=layers, device=device, attention=attention, two_batch=parallel.two_batch,
-        limits=limits,
+        model=model, dtype=dtype, layers=layers, device=device, attention=attention, graphs=agreed["graphs"],
+        two_batch=parallel.two_batch, limits=limits,
     )
+
+
+def uses_graphs(setting: str, attention: AttentionBackend, device: torch.device) -> bool:
+    """What `engine.graphs` comes to.
+
+    Raises:
+        ConfigError: asked for where steps cannot be captured.
+    """
+    possible = device.type == "cuda" and attention.capturable
+    if setting == "on" and not possible:
+        raise ConfigError(
+            'engine.graphs = "on" where decode steps cannot be captured',
+            found=f"device {device.type}, attention {attention.name}",
+            fix='set engine.graphs = "auto", and on a GPU engine.attention to one that can be captured (hpcinfer attention lists them)',
+        )
+    return possible and setting != "off"
 
 
 def runs_ahead(setting: str, parallel: ParallelConfig, device: torch.device) -> bool:
@@ -171,12 +196,14 @@ def build_replica(
     clock: PhaseClock,
     load: Callable[[StageModel], None],
     recorder: Recorder | None = None,
+    make_graph: Callable[[], Graph] | None = None,
 ) -> Replica:
     """Make the stage, give it its weights by `load`, allocate the pages. Collective over the replica.
 
     Args:
         load: puts weights into the stage (from a checkpoint, or random ones).
         recorder: gets what this rank does from now on.
+        make_graph: what captures decode steps; by default CUDA graphs where the plan has them.
     """
     dtype = getattr(torch, plan.dtype)
     with clock.phase("load"):
@@ -190,17 +217,41 @@ def build_replica(
         )
         lane = groups.mesh.lane
         nvtx = torch.cuda.nvtx if recorder is not None and plan.device.type == "cuda" else None
-        runner = StageRunner(model, kv, links, lane=lane, watch=SegmentWatch(groups.mark, recorder, nvtx))
+        groups.warmup()
+        limits = with_two_batch(plan.two_batch, model, kv, plan.limits, groups.control, lane=lane)
+        runner = StageRunner(
+            model, kv, links, lane=lane, watch=SegmentWatch(groups.mark, recorder, nvtx),
+            graphs=_captured_steps(plan, limits, model, kv, make_graph),
+        )
         worker = Worker(
             runner, groups, device=plan.device, clock=_step_clock(plan.device, groups, clock),
             run_ahead=plan.limits.run_ahead, recorder=recorder,
         )
-        groups.warmup()
-        limits = with_two_batch(plan.two_batch, model, kv, plan.limits, groups.control, lane=lane)
     return Replica(
         worker=worker, scheduler=Scheduler(limits, lane), control=groups.control, mark=groups.mark, recorder=recorder,
         expert_load=model.expert_load,
     )
+
+
+def _captured_steps(
+    plan: ReplicaPlan,
+    limits: SchedulerLimits,
+    model: StageModel,
+    kv: KvPool,
+    make_graph: Callable[[], Graph] | None,
+) -> DecodeGraphs | None:
+    """Capture decode steps up to the largest that the scheduler makes. Collective over the replica."""
+    if make_graph is None:
+        if not plan.graphs:
+            return None
+        make_graph = partial(CudaGraph, torch.cuda.graph_pool_handle())
+    divided = limits.two_batch_tokens > 0 and limits.divide_decodes
+    graphs = DecodeGraphs(
+        model, kv, make_graph=make_graph, max_context=limits.max_context, max_parts=2 if divided else 1,
+        buckets=decode_buckets(min(share(limits.max_sequences, limits), limits.max_batch_tokens)),
+    )
+    graphs.capture()
+    return graphs
 
 
 def _step_clock(device: torch.device, groups: ReplicaGroups, clock: PhaseClock) -> StepClock:

@@ -104,6 +104,10 @@ class Replica:
                 self._worker.execute(planned, between=ahead.look)
         self._leave()
 
+    def close(self) -> None:
+        """Let go of what holds operations of communicators, before they are closed."""
+        self._worker.close()
+
     def _leave(self) -> None:
         """The end, on every rank. They part together: one that is stuck is missed here, by a wait with a deadline."""
         self._worker.drain()

@@ -120,6 +120,10 @@ class Worker:
             self._outbox.add(self._groups.tokens[self._lane].send(tokens, LEADER, label="tokens"))
         return drawn
 
+    def close(self) -> None:
+        """Let go of what holds operations of communicators."""
+        self._runner.close()
+
     def drain(self) -> None:
         """Return when everything this rank sent has left."""
         self._runner.drain()

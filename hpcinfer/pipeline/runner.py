@@ -13,6 +13,7 @@ from hpcinfer.comm.operation import Mark
 from hpcinfer.kvcache.pool import KvPool
 from hpcinfer.models.base import StageInputs, StageModel
 from hpcinfer.parallel.segments import Segments
+from hpcinfer.pipeline.graphs import DecodeGraphs
 from hpcinfer.pipeline.schedule import interleave
 from hpcinfer.pipeline.transfer import StageLinks
 from hpcinfer.pipeline.watch import SegmentWatch
@@ -36,15 +37,24 @@ class StageRunner:
         model, kv, links: of this stage.
         lane: of this rank.
         watch: marks and records segments.
+        graphs: decode steps that are replayed; None computes all steps one by one.
     """
 
     def __init__(
-        self, model: StageModel, kv: KvPool, links: StageLinks, *, lane: int, watch: SegmentWatch | None = None
+        self,
+        model: StageModel,
+        kv: KvPool,
+        links: StageLinks,
+        *,
+        lane: int,
+        watch: SegmentWatch | None = None,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         self._model = model
         self._kv = kv
         self._links = links
         self._lane = lane
+        self.graphs = graphs
         self._last_sent = (-1, 0)  # tick and part
         self._watch = SegmentWatch(Mark()) if watch is None else watch
 
@@ -74,13 +84,22 @@ class StageRunner:
             if self._takes_part(part)
         ]
         parts = [part for part, _ in active]
-        outputs = interleave(
-            [self._forward(part, arriving, drawn) for part, arriving in active], between=between,
-            before_segment=self._watch.before_segment(parts), on_segment=self._watch.on_segment(parts),
-        )
+        key = self.graphs.key_of(parts) if self.graphs is not None and parts else None
+        if key is not None:
+            outputs = self._replay(key, active, drawn, between)
+        else:
+            outputs = interleave(
+                [self._forward(part, arriving, drawn) for part, arriving in active], between=between,
+                before_segment=self._watch.before_segment(parts), on_segment=self._watch.on_segment(parts),
+            )
         if not self._links.is_last:
             return None
         return torch.cat(outputs) if outputs else None
+
+    def close(self) -> None:
+        """Let go of captured steps, before communicators are closed."""
+        if self.graphs is not None:
+            self.graphs.close()
 
     def drain(self) -> None:
         """Return when everything sent has left."""
@@ -107,9 +126,30 @@ class StageRunner:
             drawn=drawn,
         )
         output = yield from self._model.forward(inputs, self._kv)
+        self._send(part, output)
+        return output
+
+    def _replay(
+        self,
+        key: tuple[int, ...],
+        active: list[tuple[MicroBatch, Handle | None]],
+        drawn: torch.Tensor | None,
+        between: Callable[[], None] | None,
+    ) -> list[torch.Tensor]:
+        """All microbatches of a decode step at once: wait for their activations, replay, send on."""
+        hidden = [None if arriving is None else arriving.wait() for _, arriving in active]
+        parts = [part for part, _ in active]
+        outputs = self.graphs.run(key, parts, hidden, drawn)
+        if between is not None:
+            between()
+        for part, output in zip(parts, outputs, strict=True):
+            # The next replay may come before this one's activations have left.
+            self._send(part, output if self._links.is_last else output.clone())
+        return outputs
+
+    def _send(self, part: MicroBatch, output: torch.Tensor) -> None:
         if not self._links.is_last and part.num_tokens:
             # All parts of a step take the same number of turns, so that none overtakes another.
             assert self._last_sent < (part.tick, part.part), (self._last_sent, part.tick, part.part)
             self._last_sent = (part.tick, part.part)
             self._links.send(output)
-        return output

@@ -144,6 +144,7 @@ def _generate(
     result.generation_seconds = time.monotonic() - start_s
     result.expert_load = replica.expert_load()
     with span(recorder, "release"):
+        replica.close()
         del replica, checkpoint
     return result
 

@@ -1,7 +1,7 @@
 """The layouts that parity is shown in, and which of them a checkpoint runs through.
 
-Each has its number of ranks and the `[parallel]` settings; where it says so also `[engine]` settings, pages a lane, and the
-counters that must be above zero in place of chunked prefills and preemptions.
+Each has its number of ranks and the `[parallel]` settings; where it says so also whether decode steps are captured,
+`[engine]` settings, pages a lane, and the counters that must be above zero in place of chunked prefills and preemptions.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ LANES = {"sp_min_tokens": 12, **OFF}
 """Prompts of 12 tokens and more are spread over the lanes; the shorter ones of the rows are not."""
 AHEAD = {"engine": {"run_ahead": "on"}, "counters": ("chunked_prefills", "preemptions", "tokens_ahead")}
 """Each step is queued before the tokens of the one before it are known."""
+CAPTURED = {"captured": True}
+"""Decode steps are captured and replayed, padded to the next bucket."""
 FEW = 16
 """Pages a lane where several lanes share the rows: one sequence of 49 tokens takes 13, and max_context 16."""
 
@@ -41,6 +43,11 @@ DENSE = {
     "tp1, run ahead": {"ranks": 1, "layout": OFF, **AHEAD},
     "tp2, run ahead, two-batch": {"ranks": 2, "layout": {"tp": 2, **ON}, **AHEAD},
     "sp2 x tp2, run ahead": {"ranks": 4, "layout": {"sp": 2, "tp": 2, **LANES}, "num_blocks": FEW, **AHEAD},
+    "tp2, captured": {"ranks": 2, "layout": {"tp": 2, **OFF}, **CAPTURED},
+    "tp2, captured, two-batch, run ahead": {"ranks": 2, "layout": {"tp": 2, **ON}, **AHEAD, **CAPTURED},
+    "tp2 x pp2, captured": {"ranks": 4, "layout": {"tp": 2, "pp": 2, **OFF}, **CAPTURED},
+    "tp2, sequence form, captured": {"ranks": 2, "layout": {"tp": 2, "sequence_form": True, **OFF}, **CAPTURED},
+    "sp2, captured": {"ranks": 2, "layout": {"sp": 2, **LANES}, "num_blocks": FEW, **CAPTURED},
     "sp2": {"ranks": 2, "layout": {"sp": 2, **LANES}, "num_blocks": FEW},
     "sp3": {"ranks": 3, "layout": {"sp": 3, **LANES}, "num_blocks": FEW, "counters": ("chunked_prefills",)},
     "sp2 x tp2, two-batch": {"ranks": 4, "layout": {"sp": 2, "tp": 2, **LANES, **ON}, "num_blocks": FEW},
@@ -64,6 +71,10 @@ EXPERTS = {
     "sp3 ep3, two-batch": {
         "ranks": 3, "layout": {"sp": 3, "ep": 3, **LANES, **ON}, "num_blocks": FEW, "counters": ("chunked_prefills",),
     },
+    "sp2 x tp2 ep4, captured, run ahead": {
+        "ranks": 4, "layout": {"sp": 2, "tp": 2, "ep": 4, **LANES}, "num_blocks": FEW, **AHEAD, **CAPTURED,
+    },
+    "tp2 ep2, captured, two-batch": {"ranks": 2, "layout": {"tp": 2, "ep": 2, **ON}, **CAPTURED},
     "sp2 x tp2 ep4, run ahead": {"ranks": 4, "layout": {"sp": 2, "tp": 2, "ep": 4, **LANES}, "num_blocks": FEW, **AHEAD},
     "pp2 x sp2 x tp2 ep4": {
         "ranks": 8, "layout": {"pp": 2, "sp": 2, "tp": 2, "ep": 4, **LANES}, "num_blocks": FEW,

@@ -28,6 +28,7 @@ from hpcinfer.parallel.groups import build_groups
 from hpcinfer.parallel.mesh import Mesh
 from hpcinfer.request import Request, SamplingParams
 from hpcinfer.sampling.sampler import sample
+from tests.graphs import CalledAgain
 from tests.mpi import use_stand_in_if_asked
 
 
@@ -43,7 +44,9 @@ class RecordingSampler:
         return sample(logits, batch)
 
 
-def run_layout(world: World, folder: str, layout: dict, engine: dict, num_blocks: int, rows: list[dict]) -> dict | None:
+def run_layout(
+    world: World, folder: str, layout: dict, engine: dict, num_blocks: int, rows: list[dict], captured: bool
+) -> dict | None:
     """One layout on `world`; rank 0 returns {"tokens": {row: ids}, "logits": {uniform: [V]}, "counters": {name: least}}."""
     parallel = ParallelConfig(**layout)
     mesh = Mesh.of(
@@ -58,8 +61,10 @@ def run_layout(world: World, folder: str, layout: dict, engine: dict, num_blocks
         model, parallel, EngineSection(**engine, kv_memory=f"{kv_memory} B"), groups, world.channel, dtype="float32",
         device=torch.device("cpu"), available_bytes=2**30,
     )
+    graphs: list[CalledAgain] = []
     replica = build_replica(
-        plan, groups, clock=PhaseClock(), load=lambda stage: load_stage(stage, checkpoint)
+        plan, groups, clock=PhaseClock(), load=lambda stage: load_stage(stage, checkpoint),
+        make_graph=(lambda: graphs.append(CalledAgain()) or graphs[-1]) if captured else None,
     )
     recorder = RecordingSampler()
     worker_module.sample = recorder
@@ -76,6 +81,8 @@ def run_layout(world: World, folder: str, layout: dict, engine: dict, num_blocks
     counters = dataclasses.asdict(replica.scheduler.counters)
     for name in ("tp", "sp", "ep"):
         counters[f"{name}_operations"] = getattr(groups.axes, name).counters.operations
+    counters["replays"] = sum(graph.replays for graph in graphs)
+    replica.close()
     gathered = world.channel.gather((tokens, recorder.logits, counters))
     groups.close()
     if gathered is None:
@@ -107,7 +114,7 @@ def main(place: Place) -> int:
         if sub is not None:
             engine = {**cases["engine"], **case.get("engine", {})}
             num_blocks = case.get("num_blocks", cases["num_blocks"])
-            result = run_layout(sub, folder, case["layout"], engine, num_blocks, cases["rows"])
+            result = run_layout(sub, folder, case["layout"], engine, num_blocks, cases["rows"], case.get("captured", False))
             if result is not None:
                 for row, tokens in result["tokens"].items():
                     arrays[f"{name}/tokens/{row}"] = tokens

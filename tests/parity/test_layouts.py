@@ -82,6 +82,8 @@ def check_counters(name: str, counters: dict[str, int]) -> None:
         wanted.add("tp_operations")
     if layout.get("ep", 1) > 1:
         wanted.add("ep_operations")
+    if LAYOUTS[name].get("captured"):
+        wanted.add("replays")
     missing = sorted(counter for counter in wanted if counters[counter] == 0)
     assert not missing, f"{name}: {missing} did not happen: {counters}"
     in_flight = layout.get("microbatches") or layout.get("pp", 1)
