@@ -22,9 +22,9 @@ from hpcinfer.config.job import EngineSection
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.config.parallel import ParallelConfig
 from hpcinfer.engine.build import ReplicaPlan, build_replica, plan_replica
+from hpcinfer.engine.memory import available_bytes
 from hpcinfer.engine.replica import Replica
 from hpcinfer.errors import CheckpointError, ConfigError
-from hpcinfer.launch.host_memory import available_host_bytes
 from hpcinfer.models.base import StageModel
 from hpcinfer.models.footprint import DTYPE_BYTES, kv_bytes_per_token, layer_cost, stage_parameters
 from hpcinfer.models.random_weights import fill_random
@@ -83,7 +83,9 @@ def run_generate(options: GenerateOptions, world: World) -> dict | None:
         config, parallel,
         EngineSection(max_sequences=workload.num_prompts, max_context=workload.longest, attention=options.attention),
         groups, world.channel, dtype=options.dtype, device=torch.device("cpu"),
-        available_bytes=available_host_bytes(world.local_size),
+        available_bytes=available_bytes(
+            world.device, num_local_ranks=world.local_size, num_device_ranks=world.num_device_ranks
+        ),
     )
 
     def load(stage: StageModel) -> None:

@@ -63,6 +63,8 @@ class World:
     """Seconds that any wait may last."""
     device: torch.device = CPU
     """Where this rank computes."""
+    num_device_ranks: int = 1
+    """Ranks that share this rank's GPU."""
     watchdog: Watchdog | None = None
     """Finds what is stuck; None in a single process, and until `watch` was called."""
     nccl: Nccl | None = None
@@ -110,6 +112,8 @@ class World:
         self.device = bind_device(
             setting, self.channel, local_rank=self.local_rank, host=self.host, share_gpu=share_gpu
         )
+        if share_gpu and self.device.type == "cuda":
+            self.num_device_ranks = -(-self.local_size // torch.cuda.device_count())
         if self.device.type == "cuda" and self.size > 1:
             self.nccl_settings = apply_settings(nccl or {}, share_gpu_rank=self.rank if share_gpu else None)
             library = load_nccl()

@@ -71,8 +71,9 @@ class EngineSection:
     """Tokens in a page of the K/V cache. Default 16."""
     kv_memory: str = "auto"
     """Memory for keys and values on each rank, such as "4 GiB"; auto takes a share of what is free. Default auto."""
-    kv_memory_share: float = 0.5
-    """With kv_memory = auto: the share of a rank's free memory after the weights. Default 0.5."""
+    kv_memory_share: float = 0.0
+    """With kv_memory = auto: the share of a rank's memory that is free after weights and working space. Default 0: 0.5 on CPUs, 0.93
+    on GPUs."""
     max_batch_tokens: int = 2048
     """Most tokens that a lane computes in one step; longer prompts are prefilled in chunks. Default 2048."""
     max_sequences: int = 256
@@ -97,8 +98,8 @@ class EngineSection:
                 raise ConfigError(f"engine.{name} = {getattr(self, name)}", fix="give 1 or more")
         if self.max_context < 0:
             raise ConfigError(f"engine.max_context = {self.max_context}", fix="give 0 (what the model allows) or more")
-        if not 0 < self.kv_memory_share <= 0.95:
-            raise ConfigError(f"engine.kv_memory_share = {self.kv_memory_share}", fix="give a share above 0, at most 0.95")
+        if not 0 <= self.kv_memory_share <= 0.98:
+            raise ConfigError(f"engine.kv_memory_share = {self.kv_memory_share}", fix="give 0 (the default) or a share up to 0.98")
         if self.kv_memory != "auto":
             parse_bytes(self.kv_memory)
 

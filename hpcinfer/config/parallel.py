@@ -88,6 +88,11 @@ class ParallelConfig:
         return self.pp * self.sp * self.tp
 
     @property
+    def replica_layout(self) -> str:
+        """The sizes of a replica, in words."""
+        return f"pp {self.pp} x sp {self.sp} x tp {self.tp}, ep {self.ep}"
+
+    @property
     def num_in_flight(self) -> int:
         """Steps in flight at once: tick n uses the results up to tick n minus this."""
         return self.microbatches or self.pp

@@ -23,6 +23,7 @@ from hpcinfer.config.parallel import ParallelConfig, check_layout
 from hpcinfer.errors import ConfigError
 from hpcinfer.engine.memory import context_limit, num_kv_blocks
 from hpcinfer.engine.overlap import with_two_batch
+from hpcinfer.engine.profile import Meter, profiled_limits
 from hpcinfer.engine.replica import Replica
 from hpcinfer.engine.step_clock import DeviceStepClock, HostStepClock, StepClock
 from hpcinfer.engine.worker import Worker
@@ -56,12 +57,16 @@ class ReplicaPlan:
     device: torch.device
     """Where this rank computes."""
     attention: AttentionBackend
+    engine: EngineSection
+    """Batching and memory settings."""
     graphs: bool
     """Decode steps are captured and replayed."""
     two_batch: str
     """`parallel.two_batch`; what it comes to is measured when the weights are there."""
     limits: SchedulerLimits
     """Agreed over the replica."""
+    kv_tokens_limit: int | None = None
+    """Most tokens in the K/V cache, where an earlier life ran out of memory with more."""
 
 
 def plan_replica(
@@ -111,7 +116,8 @@ def plan_replica(
         eos_token_ids=frozenset(model.eos_token_ids),
     )
     return ReplicaPlan(
-        model=model, dtype=dtype, layers=layers, device=device, attention=attention, graphs=agreed["graphs"],
+        model=model, dtype=dtype, layers=layers, device=device, attention=attention, engine=engine,
+        graphs=agreed["graphs"],
         two_batch=parallel.two_batch, limits=limits,
     )
 
@@ -169,7 +175,8 @@ def _plan_rank(
         environment=os.environ.get(ENVIRONMENT_VARIABLE, ""),
     )
     blocks = num_kv_blocks(
-        model, engine, layers=layers, parallel=parallel, dtype=dtype, available_bytes=available_bytes
+        model, engine, layers=layers, parallel=parallel, dtype=dtype, available_bytes=available_bytes,
+        device_type=device.type,
     )
     return layers, attention, blocks
 
@@ -196,6 +203,7 @@ def build_replica(
     clock: PhaseClock,
     load: Callable[[StageModel], None],
     recorder: Recorder | None = None,
+    meter: Meter | None = None,
     make_graph: Callable[[], Graph] | None = None,
 ) -> Replica:
     """Make the stage, give it its weights by `load`, allocate the pages. Collective over the replica.
@@ -203,6 +211,7 @@ def build_replica(
     Args:
         load: puts weights into the stage (from a checkpoint, or random ones).
         recorder: gets what this rank does from now on.
+        meter: measures what the largest step leaves free for pages; None keeps the computed number.
         make_graph: what captures decode steps; by default CUDA graphs where the plan has them.
     """
     dtype = getattr(torch, plan.dtype)
@@ -211,14 +220,15 @@ def build_replica(
             plan.model, layers=plan.layers, axes=groups.axes, backend=plan.attention, dtype=dtype, device=plan.device
         )
         load(model)
-        kv = model.allocate_kv(num_blocks=plan.limits.num_blocks, block_size=plan.limits.block_size)
+        groups.warmup()
+        lane = groups.mesh.lane
+        limits = _within_memory(plan, model, groups, meter, lane)
+        kv = model.allocate_kv(num_blocks=limits.num_blocks, block_size=limits.block_size)
         links = StageLinks(
             groups.from_previous, groups.to_next, hidden_size=plan.model.hidden_size, dtype=dtype, device=plan.device
         )
-        lane = groups.mesh.lane
         nvtx = torch.cuda.nvtx if recorder is not None and plan.device.type == "cuda" else None
-        groups.warmup()
-        limits = with_two_batch(plan.two_batch, model, kv, plan.limits, groups.control, lane=lane)
+        limits = with_two_batch(plan.two_batch, model, kv, limits, groups.control, lane=lane)
         runner = StageRunner(
             model, kv, links, lane=lane, watch=SegmentWatch(groups.mark, recorder, nvtx),
             graphs=_captured_steps(plan, limits, model, kv, make_graph),
@@ -231,6 +241,20 @@ def build_replica(
         worker=worker, scheduler=Scheduler(limits, lane), control=groups.control, mark=groups.mark, recorder=recorder,
         expert_load=model.expert_load,
     )
+
+
+def _within_memory(
+    plan: ReplicaPlan, model: StageModel, groups: ReplicaGroups, meter: Meter | None, lane: int
+) -> SchedulerLimits:
+    """The plan's limits with the number of pages that there is memory for. Collective over the replica."""
+    limits = plan.limits
+    groups.axes.tp.reserve(limits.max_sequences * plan.model.hidden_size * model.dtype.itemsize)
+    if meter is not None:
+        limits = profiled_limits(model, limits, plan.engine, groups.control, lane=lane, meter=meter)
+    if plan.kv_tokens_limit is not None:
+        most = max(plan.kv_tokens_limit // limits.block_size, 1) + 1
+        limits = dataclasses.replace(limits, num_blocks=min(limits.num_blocks, most))
+    return limits
 
 
 def _captured_steps(

@@ -1,13 +1,35 @@
-"""How many pages the K/V cache of a rank gets, decided before any weight is read."""
+"""How many pages the K/V cache of a rank gets: computed before any weight is read, so that what cannot fit is said at once. On a
+GPU the number is measured again when the weights are there (`engine.profile`).
+"""
 
 from __future__ import annotations
+
+import torch
 
 from hpcinfer.config.job import EngineSection
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.config.parallel import ParallelConfig
 from hpcinfer.errors import ConfigError
+from hpcinfer.launch.host_memory import available_host_bytes
 from hpcinfer.models.footprint import DTYPE_BYTES, activation_bytes, kv_bytes_per_token, weight_bytes
 from hpcinfer.units import format_bytes, parse_bytes
+
+
+KV_MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.93}
+"""Of a rank's free memory. The rest of a CPU's is for the page cache and for others; of a GPU's for captured graphs and gaps between
+allocations."""
+
+
+def available_bytes(device: torch.device, *, num_local_ranks: int, num_device_ranks: int = 1) -> int:
+    """Memory that a rank may take: its share of the node's, or of its GPU's.
+
+    Args:
+        num_local_ranks: ranks of the node.
+        num_device_ranks: ranks that share the GPU.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // num_device_ranks
+    return available_host_bytes(num_local_ranks)
 
 
 def context_limit(model: ModelConfig, engine: EngineSection) -> int:
@@ -29,6 +51,7 @@ def num_kv_blocks(
     parallel: ParallelConfig,
     dtype: str,
     available_bytes: int,
+    device_type: str = "cpu",
 ) -> int:
     """Pages for one rank, page 0 included: what the setting or the free memory gives, and no more than can be used.
 
@@ -37,6 +60,7 @@ def num_kv_blocks(
         parallel: sizes of the axes.
         dtype: of weights and pages.
         available_bytes: memory free for this rank before its weights are loaded.
+        device_type: cpu or cuda.
 
     Raises:
         ConfigError: weights do not fit, or no sequence of the asked length would fit into the pages.
@@ -60,12 +84,33 @@ def num_kv_blocks(
             found=f"weights {format_bytes(weights)}, working space {format_bytes(working)}, free {format_bytes(available_bytes)}",
             fix="raise parallel.tp or parallel.pp, lower engine.max_batch_tokens, or start fewer ranks a node",
         )
-    asked = free * engine.kv_memory_share if engine.kv_memory == "auto" else parse_bytes(engine.kv_memory)
-    if asked > free:
+    return fit_blocks(
+        model, engine, page_bytes=page_bytes, free_bytes=free, device_type=device_type,
+        spent=f"weights of {format_bytes(weights)} and {format_bytes(working)} of working space",
+    )
+
+
+def fit_blocks(
+    model: ModelConfig, engine: EngineSection, *, page_bytes: int, free_bytes: int, device_type: str, spent: str
+) -> int:
+    """Pages, page 0 included, in what is free.
+
+    Args:
+        page_bytes: of a page in all layers of the rank.
+        free_bytes: after everything else.
+        device_type: cpu or cuda.
+        spent: what everything else is, in words.
+
+    Raises:
+        ConfigError: no sequence of the asked length would fit, or the setting is more than what is free.
+    """
+    share = engine.kv_memory_share or KV_MEMORY_SHARE[device_type]
+    asked = free_bytes * share if engine.kv_memory == "auto" else parse_bytes(engine.kv_memory)
+    if asked > free_bytes:
         raise ConfigError(
             f"engine.kv_memory = {engine.kv_memory!r} is more than this rank has",
-            found=f"{format_bytes(free)} free after weights of {format_bytes(weights)} and {format_bytes(working)} of working space",
-            fix=f"give at most {format_bytes(free)}, or auto",
+            found=f"{format_bytes(free_bytes)} free after {spent}",
+            fix=f"give at most {format_bytes(free_bytes)}, or auto",
         )
     longest = -(-context_limit(model, engine) // engine.block_size)
     blocks = min(int(asked // page_bytes), longest * engine.max_sequences)

@@ -8,15 +8,18 @@ import logging
 import time
 
 import numpy as np
+import torch
 
 from hpcinfer.comm.bootstrap import World
-from hpcinfer.comm.host import HostChannel
 from hpcinfer.config.job import JobConfig
+from hpcinfer.data.ledger.budgets import record_budget
 from hpcinfer.data.ledger.run_directory import RunDirectory, open_existing
 from hpcinfer.data.ledger.status import read_status
 from hpcinfer.engine.build import ReplicaPlan, build_replica, plan_replica
+from hpcinfer.engine.memory import available_bytes
+from hpcinfer.engine.profile import CudaMeter
+from hpcinfer.errors import ResumableError
 from hpcinfer.launch.env import LaunchEnvironment
-from hpcinfer.launch.host_memory import available_host_bytes
 from hpcinfer.launch.signals import DrainFlag
 from hpcinfer.models.weights import Checkpoint, load_stage
 from hpcinfer.observe.log import close_log, rank_log
@@ -70,25 +73,31 @@ def run_job(
     groups = build_groups(world, checked.mesh.at(world.rank), sequence_form=job.parallel.sequence_form)
     plan = plan_replica(
         checked.model, job.parallel, job.engine, groups, world.channel, dtype=job.model.dtype, device=world.device,
-        available_bytes=available_host_bytes(world.local_size),
+        available_bytes=available_bytes(
+            world.device, num_local_ranks=world.local_size, num_device_ranks=world.num_device_ranks
+        ),
     )
     # Only a job that fits makes a run directory: what it was made for cannot be changed later.
-    complete = agree_or_raise(world.channel, lambda: open_run(job, checked, plan), deadline_s=_NO_DEADLINE)
+    opened = agree_or_raise(world.channel, lambda: open_run(job, checked, plan), deadline_s=_NO_DEADLINE)
+    plan = dataclasses.replace(plan, kv_tokens_limit=opened.kv_tokens_limit)
     run = open_existing(job.data.output)
     result = _RankResult()
-    if not complete:
+    if not opened.complete:
         console = world.rank == 0 and not quiet
         log = rank_log(
             world.rank, world.host, file=run.logs / f"{checked.started}-rank{world.rank}.log", console=console
         )
         log.info(
-            "%s (%s, %s) on %s: %s attention, K/V cache for %s tokens", job.model.path, checked.model.family, plan.dtype,
-            _layout(checked, world.size), plan.attention.name, format_count(plan.limits.num_tokens),
+            "%s (%s, %s) on %s, device %s: %s attention, decode steps %s", job.model.path, checked.model.family, plan.dtype,
+            _layout(checked, world.size), world.device.type, plan.attention.name,
+            "captured" if plan.graphs else "not captured",
         )
+        if world.nccl_settings:
+            log.info("NCCL %s", ", ".join(f"{name} {value}" for name, value in world.nccl_settings.items()))
         try:
             with recording(job, world, groups, run, started=checked.started, log=log) as recorder:
                 result = _generate(
-                    job, checked, plan, run, groups, world.channel, environment, drain, log, recorder, console=console
+                    job, checked, plan, run, groups, world, environment, drain, log, recorder, console=console
                 )
         except Exception:
             log.exception("this rank ends with an error")
@@ -109,7 +118,7 @@ def _generate(
     plan: ReplicaPlan,
     run: RunDirectory,
     groups: ReplicaGroups,
-    world: HostChannel,
+    world: World,
     environment: LaunchEnvironment,
     drain: DrainFlag,
     log: logging.Logger,
@@ -117,36 +126,60 @@ def _generate(
     *,
     console: bool,
 ) -> _RankResult:
-    """Load, then lead or follow until the run needs this replica no longer."""
-    clock = PhaseClock()
-    with span(recorder, "load"):
-        checkpoint = Checkpoint(job.model.path)
-        replica = build_replica(
-            plan, groups, clock=clock, recorder=recorder,
-            load=lambda stage: together(world, lambda: load_stage(stage, checkpoint), deadline_s=_NO_DEADLINE),
+    """Load, then lead or follow until the run needs this replica no longer.
+
+    Raises:
+        ResumableError: this rank's device is out of memory; the next start takes less.
+    """
+    clock, replica = PhaseClock(), None
+    try:
+        with span(recorder, "load"):
+            checkpoint = Checkpoint(job.model.path)
+            replica = build_replica(
+                plan, groups, clock=clock, recorder=recorder,
+                load=lambda stage: together(world.channel, lambda: load_stage(stage, checkpoint), deadline_s=_NO_DEADLINE),
+                meter=CudaMeter(world.device, num_ranks=world.num_device_ranks) if world.device.type == "cuda" else None,
+            )
+        limits = replica.scheduler.limits
+        log.info(
+            "loaded in %.1f s; K/V cache for %s tokens; two-batch overlap %s; rows are written to %s", clock.seconds["load"],
+            format_count(limits.num_tokens),
+            f"from {limits.two_batch_tokens} tokens on" if limits.two_batch_tokens else "off", run.path,
         )
-    divided = replica.scheduler.limits.two_batch_tokens
-    log.info(
-        "loaded in %.1f s; two-batch overlap %s; rows are written to %s", clock.seconds["load"],
-        f"from {divided} tokens on" if divided else "off", run.path,
+        start_s = time.monotonic()
+        result = _RankResult(phase_seconds=clock.seconds)
+        if replica.is_leader:
+            result.figures = lead(
+                job, checked, run, replica, environment=environment, drain=drain, clock=clock, console=console,
+                recorder=recorder,
+            )
+            result.counters = collections.Counter(dataclasses.asdict(replica.scheduler.counters))
+        else:
+            # Between ticks the leader may wait for a storage that refuses, and it says something while it idles.
+            replica.follow(silence_s=job.comm.deadline_s + job.run.retry_s)
+        result.generation_seconds = time.monotonic() - start_s
+        result.expert_load = replica.expert_load()
+        with span(recorder, "release"):
+            replica.close()
+            del replica, checkpoint
+        return result
+    except torch.OutOfMemoryError as cause:
+        limits = plan.limits if replica is None else replica.scheduler.limits
+        raise _out_of_memory(job, run, world, limits.num_tokens, cause) from cause
+
+
+def _out_of_memory(
+    job: JobConfig, run: RunDirectory, world: World, num_tokens: int, cause: torch.OutOfMemoryError
+) -> ResumableError:
+    """The error of a rank whose device ran out of memory, with less for the next start on record."""
+    less = record_budget(
+        run, layout=job.parallel.replica_layout, num_tokens=num_tokens, place=f"rank {world.rank} on {world.host}"
     )
-    start_s = time.monotonic()
-    result = _RankResult(phase_seconds=clock.seconds)
-    if replica.is_leader:
-        result.figures = lead(
-            job, checked, run, replica, environment=environment, drain=drain, clock=clock, console=console,
-            recorder=recorder,
-        )
-        result.counters = collections.Counter(dataclasses.asdict(replica.scheduler.counters))
-    else:
-        # Between ticks the leader may wait for a storage that refuses, and it says something while it idles.
-        replica.follow(silence_s=job.comm.deadline_s + job.run.retry_s)
-    result.generation_seconds = time.monotonic() - start_s
-    result.expert_load = replica.expert_load()
-    with span(recorder, "release"):
-        replica.close()
-        del replica, checkpoint
-    return result
+    return ResumableError(
+        f"the device of this rank is out of memory with K/V pages for {format_count(num_tokens)} tokens",
+        found=str(cause).splitlines()[0],
+        fix=f"start again: in this layout the next start takes pages for {format_count(less)} tokens",
+    )
 
 
 def _sum_up(

@@ -14,6 +14,7 @@ from hpcinfer.config.model import ModelConfig
 from hpcinfer.config.parallel import check_layout
 from hpcinfer.data.prompts.identity import prefix_fingerprint
 from hpcinfer.data.prompts.reader import PromptsReader, open_prompts
+from hpcinfer.data.ledger.budgets import read_budget
 from hpcinfer.data.ledger.run_directory import RunIdentity, create_or_open
 from hpcinfer.data.tokenize import Tokenizer
 from hpcinfer.engine.build import ReplicaPlan
@@ -60,12 +61,17 @@ def check_job(job: JobConfig, world_size: int, environment: LaunchEnvironment) -
         return CheckedJob(mesh=mesh, model=model, num_rows=reader.num_rows, started=started)
 
 
-def open_run(job: JobConfig, checked: CheckedJob, plan: ReplicaPlan) -> bool:
-    """Create the run directory, or make sure that the one that is there belongs to this job.
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class OpenedRun:
+    """What a start finds in its run directory."""
 
-    Returns:
-        True when the run is complete already.
-    """
+    complete: bool
+    kv_tokens_limit: int | None
+    """K/V tokens that a start in this layout may have, where one ran out of memory with more."""
+
+
+def open_run(job: JobConfig, checked: CheckedJob, plan: ReplicaPlan) -> OpenedRun:
+    """Create the run directory, or make sure that the one that is there belongs to this job."""
     with open_job_prompts(job) as reader:
         identity = RunIdentity(
             input_fingerprint=prefix_fingerprint(reader, checked.num_rows),
@@ -82,7 +88,10 @@ def open_run(job: JobConfig, checked: CheckedJob, plan: ReplicaPlan) -> bool:
             job.data.output, identity, num_replicas=checked.mesh.dp,
             prefix_fingerprint=lambda num_rows: prefix_fingerprint(reader, num_rows),
         )
-    return run.is_complete(checked.num_rows)
+    return OpenedRun(
+        complete=run.is_complete(checked.num_rows),
+        kv_tokens_limit=read_budget(run, layout=job.parallel.replica_layout),
+    )
 
 
 def open_job_prompts(job: JobConfig) -> PromptsReader:
