@@ -125,7 +125,12 @@ def test_which_steps_are_replayed(model, pages):
 
 def test_both_microbatches_of_a_divided_step(model, pages):
     graphs = graphs_of(model, pages, max_parts=2)
-    first, second = decodes([3, 8, 1], seed=3), decodes([6, 2], seed=4, part=1)
+    both = decodes([3, 8, 1, 6, 2])
+    rows = ("sequence_ids", "token_ids", "query_lens", "context_lens", "block_tables", "samples")
+    first, second = (
+        dataclasses.replace(both, lane_tokens=(), **{name: getattr(both, name)[part] for name in rows})
+        for part in (slice(0, 3), slice(3, 5))
+    )
     outputs = graphs.run((4, 4), [first, second], [None, None], None)
     for found, part in zip(outputs, (first, second), strict=True):
         torch.testing.assert_close(found, eager(model, pages, part), rtol=0, atol=1e-5)
@@ -138,5 +143,5 @@ def test_buckets_rise_to_the_largest_step_and_waste_little(most):
     assert buckets == sorted(set(buckets)) and buckets[0] == 1 and buckets[-1] == most
     for count in range(1, most + 1):
         bucket = next(b for b in buckets if b >= count)
-        assert bucket - count <= max(4, count // 4 + 3), (count, bucket)
+        assert bucket - count <= max(7, count // 4), (count, bucket)
     assert len(buckets) <= 60
