@@ -105,7 +105,7 @@ def build_metadata(
     slots = token_slots(block_tables, sequence, positions, block_size)
 
     def tensor(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(dtype=dtype).to(device)
+        return to_device(torch.from_numpy(np.ascontiguousarray(values)).to(dtype), device)
 
     return AttentionMetadata(
         positions=tensor(positions, torch.int64),
@@ -125,6 +125,13 @@ def build_metadata(
         lane_tokens=microbatch.lane_tokens,
         shared=_shared_tokens(microbatch, lane, tensor),
     )
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on `device`. The host does not wait for the copy to a GPU, nor for what the GPU is doing."""
+    if device.type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)  # torch keeps the pinned memory until the copy is over
 
 
 def _shared_tokens(

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from hpcinfer.attention.base import AttentionBackend
-from hpcinfer.attention.metadata import AttentionMetadata, build_metadata
+from hpcinfer.attention.metadata import AttentionMetadata, build_metadata, to_device
 from hpcinfer.batch import MicroBatch
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.errors import ConfigError
@@ -61,12 +61,12 @@ class StageInputs:
         draws = np.asarray(microbatch.samples, bool) & (np.asarray(microbatch.query_lens) > 0)
         token_ids = None
         if hidden is None:
-            token_ids = torch.from_numpy(np.asarray(microbatch.token_ids, np.int64)).to(device)
+            token_ids = to_device(torch.from_numpy(np.asarray(microbatch.token_ids, np.int64)), device)
             if (microbatch.token_ids < 0).any():
                 token_ids = with_drawn(token_ids, drawn)
         return cls(
             metadata=build_metadata(microbatch, block_size, device, lane=lane),
-            sample_indices=torch.from_numpy(ends[draws]).to(device),
+            sample_indices=to_device(torch.from_numpy(ends[draws]), device),
             token_ids=token_ids,
             hidden=hidden,
         )
