@@ -227,10 +227,9 @@ def build_replica(
         links = StageLinks(
             groups.from_previous, groups.to_next, hidden_size=plan.model.hidden_size, dtype=dtype, device=plan.device
         )
-        nvtx = torch.cuda.nvtx if recorder is not None and plan.device.type == "cuda" else None
         limits = with_two_batch(plan.two_batch, model, kv, limits, groups.control, lane=lane)
         runner = StageRunner(
-            model, kv, links, lane=lane, watch=SegmentWatch(groups.mark, recorder, nvtx),
+            model, kv, links, lane=lane, watch=_segment_watch(plan.device, groups, recorder),
             graphs=_captured_steps(plan, limits, model, kv, make_graph),
         )
         worker = Worker(
@@ -276,6 +275,12 @@ def _captured_steps(
     )
     graphs.capture()
     return graphs
+
+
+def _segment_watch(device: torch.device, groups: ReplicaGroups, recorder: Recorder | None) -> SegmentWatch:
+    if recorder is None or device.type != "cuda":
+        return SegmentWatch(groups.mark, recorder)
+    return SegmentWatch(groups.mark, recorder, torch.cuda.nvtx, CudaStreams(device))
 
 
 def _step_clock(device: torch.device, groups: ReplicaGroups, clock: PhaseClock) -> StepClock:

@@ -98,6 +98,7 @@ class StageRunner:
 
     def close(self) -> None:
         """Let go of captured steps, before communicators are closed."""
+        self._watch.harvest()
         if self.graphs is not None:
             self.graphs.close()
 

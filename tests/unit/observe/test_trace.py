@@ -19,6 +19,7 @@ from hpcinfer.observe.trace import COMPUTE, HOST, IDLE, NO_TICK, TRANSFER, WAIT,
 from hpcinfer.observe.trace_file import load_start, load_trace, on_common_clock, save_trace
 from hpcinfer.pipeline.schedule import interleave
 from hpcinfer.pipeline.watch import SegmentWatch
+from tests.fake_streams import FakeStreams
 from hpcinfer.runner.tracing import measure_clock
 from tests.unit.observe.trace_makers import HEADER, make_trace, segment, transfer
 
@@ -288,6 +289,37 @@ def test_segments_are_marked_recorded_and_shown_to_a_profiler():
     assert nvtx.calls[6] == ("push", "tick 9 part 0: after layer 0 o")
     assert [call[0] for call in nvtx.calls].count("push") == [call[0] for call in nvtx.calls].count("pop") == 4
     assert SegmentWatch(mark).on_segment(parts) is None
+
+
+def test_segments_of_a_device_have_the_times_of_the_device():
+    class LaggingStreams(FakeStreams):
+        def __init__(self) -> None:
+            super().__init__()
+            self.compute = self.create()
+
+        def current(self):
+            return self.compute
+
+    streams, recorder = LaggingStreams(), Recorder()
+    watch = SegmentWatch(Mark(), recorder, streams=streams)
+    local = LocalCommunicator("tp")
+
+    def forward():
+        streams.compute.enqueue(lambda: time.sleep(0.1))
+        x = yield local.all_reduce(torch.ones(1), label="layer 0 o")
+        streams.compute.enqueue(lambda: time.sleep(0.05))
+        return x
+
+    parts = [SimpleNamespace(tick=9, part=0)]
+    began = time.perf_counter()
+    interleave([forward()], before_segment=watch.before_segment(parts), on_segment=watch.on_segment(parts))
+    assert time.perf_counter() - began < 0.09 and not recorder.rows(), "the device is not done"
+    streams.compute.record_event().block()
+    watch.harvest()
+    first, second = recorder.rows()
+    assert (first.name, second.name) == ("layer 0 o", "end")
+    assert first.end_s - first.start_s > 0.09 and second.end_s - second.start_s > 0.045
+    assert second.start_s >= first.end_s
 
 
 def test_what_is_left_to_do_after_a_wait_belongs_to_the_segment():
