@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from hpcinfer.comm.bootstrap import World
-from hpcinfer.comm.host import HostChannel
 from hpcinfer.config.job import JobConfig
 from hpcinfer.data.ledger.run_directory import RunDirectory, open_existing
 from hpcinfer.data.ledger.status import read_status
@@ -19,14 +18,15 @@ from hpcinfer.engine.build import ReplicaPlan, build_replica, plan_replica
 from hpcinfer.launch.env import LaunchEnvironment
 from hpcinfer.launch.host_memory import available_host_bytes
 from hpcinfer.launch.signals import DrainFlag
-from hpcinfer.models.weights import Checkpoint, load_stage
+from hpcinfer.models.weights import load_stage
 from hpcinfer.observe.log import close_log, rank_log
 from hpcinfer.observe.metrics import PHASES, PhaseClock
 from hpcinfer.observe.trace import Recorder, span
-from hpcinfer.parallel.agree import agree_or_raise, together
+from hpcinfer.parallel.agree import agree_or_raise
 from hpcinfer.parallel.groups import ReplicaGroups, build_groups
 from hpcinfer.runner.leader import lead
 from hpcinfer.runner.preflight import CheckedJob, check_job, open_run
+from hpcinfer.runner.progress import LoadProgress
 from hpcinfer.runner.replica_loop import LoopFigures, check_failures
 from hpcinfer.runner.summary import RunSummary, expert_balance
 from hpcinfer.runner.tracing import recording
@@ -46,6 +46,8 @@ class _RankResult:
     counters: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     expert_load: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
     """Layer -> int64 [experts]: tokens counted by this rank."""
+    weights_read_bytes: int = 0
+    """Bytes of the checkpoint that this rank got from the file system."""
 
 
 def run_job(
@@ -92,7 +94,7 @@ def run_job(
         try:
             with recording(job, world, groups, run, started=checked.started, log=log) as recorder:
                 result = _generate(
-                    job, checked, plan, run, groups, world.channel, environment, drain, log, recorder, console=console
+                    job, checked, plan, run, groups, world, environment, drain, log, recorder, console=console
                 )
         except Exception:
             log.exception("this rank ends with an error")
@@ -113,7 +115,7 @@ def _generate(
     plan: ReplicaPlan,
     run: RunDirectory,
     groups: ReplicaGroups,
-    world: HostChannel,
+    world: World,
     environment: LaunchEnvironment,
     drain: DrainFlag,
     log: logging.Logger,
@@ -123,19 +125,19 @@ def _generate(
 ) -> _RankResult:
     """Load, then lead or follow until the run needs this replica no longer."""
     clock = PhaseClock()
+    loading = LoadProgress(log if world.rank == 0 else None)
     with span(recorder, "load"):
-        checkpoint = Checkpoint(job.model.path)
         replica = build_replica(
             plan, groups, clock=clock, recorder=recorder,
-            load=lambda stage: together(world, lambda: load_stage(stage, checkpoint), deadline_s=_NO_DEADLINE),
+            load=lambda stage: load_stage(stage, checked.checkpoint, world, progress=loading.update),
         )
     divided = replica.scheduler.limits.two_batch_tokens
     log.info(
-        "loaded in %.1f s; two-batch overlap %s; rows are written to %s", clock.seconds["load"],
+        "loaded in %.1f s (%s); two-batch overlap %s; rows are written to %s", clock.seconds["load"], loading.total(),
         f"from {divided} tokens on" if divided else "off", run.path,
     )
     start_s = time.monotonic()
-    result = _RankResult(phase_seconds=clock.seconds)
+    result = _RankResult(phase_seconds=clock.seconds, weights_read_bytes=loading.figures.read_bytes)
     if replica.is_leader:
         result.figures = lead(
             job, checked, run, replica, environment=environment, drain=drain, clock=clock, console=console,
@@ -148,7 +150,7 @@ def _generate(
     result.generation_seconds = time.monotonic() - start_s
     result.expert_load = replica.expert_load()
     with span(recorder, "release"):
-        del replica, checkpoint
+        del replica
     return result
 
 
@@ -180,6 +182,7 @@ def _sum_up(
         layout=_layout(checked, num_ranks),
         counters=dict(counters),
         experts=expert_balance([result.expert_load for result in results]),
+        weights_read_bytes=sum(result.weights_read_bytes for result in results),
     )
 
 
