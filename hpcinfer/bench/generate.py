@@ -26,9 +26,10 @@ from hpcinfer.engine.memory import available_bytes
 from hpcinfer.engine.replica import Replica
 from hpcinfer.errors import CheckpointError, ConfigError
 from hpcinfer.models.base import StageModel
+from hpcinfer.models.checkpoint import Checkpoint
 from hpcinfer.models.footprint import DTYPE_BYTES, kv_bytes_per_token, layer_cost, stage_parameters
 from hpcinfer.models.random_weights import fill_random
-from hpcinfer.models.weights import Checkpoint, load_stage
+from hpcinfer.models.weights import load_stage
 from hpcinfer.observe.metrics import PhaseClock
 from hpcinfer.parallel.agree import agree_or_raise
 from hpcinfer.parallel.groups import build_groups
@@ -89,10 +90,10 @@ def run_generate(options: GenerateOptions, world: World) -> dict | None:
     )
 
     def load(stage: StageModel) -> None:
-        if checkpoint:
-            load_stage(stage, Checkpoint(options.model))
-        else:
+        if checkpoint is None:
             fill_random(stage)
+        else:
+            load_stage(stage, checkpoint, world)
 
     replica = build_replica(plan, groups, clock=clock, load=load)
     load_s = clock.seconds["load"]
@@ -112,16 +113,17 @@ def run_generate(options: GenerateOptions, world: World) -> dict | None:
     return _figures(options, plan, requests, measured, machine_limits(options.dtype), load_s, peaks)
 
 
-def _model(name: str) -> tuple[ModelConfig, bool]:
-    """The model's config, and whether there are weights to load."""
+def _model(name: str) -> tuple[ModelConfig, Checkpoint | None]:
+    """The model's config, and its weights if there are any."""
     if name in DIMENSIONS:
-        return ModelConfig.from_dict(DIMENSIONS[name]), False
+        return ModelConfig.from_dict(DIMENSIONS[name]), None
     path = Path(name)
     if path.is_dir():
-        return ModelConfig.from_folder(path), any(path.glob("*.safetensors"))
+        has_weights = any(path.glob("*.safetensors"))
+        return ModelConfig.from_folder(path), Checkpoint(path) if has_weights else None
     if path.is_file():
         try:
-            return ModelConfig.from_dict(json.loads(path.read_text()), source=name), False
+            return ModelConfig.from_dict(json.loads(path.read_text()), source=name), None
         except ValueError as error:
             raise CheckpointError(f"{name} is not JSON", found=str(error)) from error
     raise ConfigError(f"no model {name!r}", fix=f"give a folder, a config.json or one of {', '.join(DIMENSIONS)}")

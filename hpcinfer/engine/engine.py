@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hpcinfer.comm.bootstrap import local_world
 from hpcinfer.config.job import EngineSection
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.config.parallel import ParallelConfig
@@ -16,7 +17,8 @@ from hpcinfer.engine.build import build_replica, plan_replica
 from hpcinfer.engine.outcome import failed_generation, generation_of
 from hpcinfer.errors import ConfigError, RowError
 from hpcinfer.launch.host_memory import available_host_bytes
-from hpcinfer.models.weights import Checkpoint, load_stage
+from hpcinfer.models.checkpoint import Checkpoint
+from hpcinfer.models.weights import load_stage
 from hpcinfer.observe.metrics import PhaseClock
 from hpcinfer.parallel.groups import local_groups
 from hpcinfer.request import Generation, Request, SamplingParams
@@ -53,7 +55,7 @@ class Engine:
         checkpoint = Checkpoint(model)
         self.clock = PhaseClock()
         self._replica = build_replica(
-            plan, groups, clock=self.clock, load=lambda stage: load_stage(stage, checkpoint)
+            plan, groups, clock=self.clock, load=lambda stage: load_stage(stage, checkpoint, local_world())
         )
         self._tokenizer = Tokenizer(model) if (Path(model) / "tokenizer.json").is_file() else None
         self._vocab_size = config.vocab_size

@@ -25,7 +25,8 @@ from hpcinfer.parallel.segments import Segments
 from hpcinfer.parallel.tensor import token_stream
 
 WeightLoader: TypeAlias = Callable[[torch.Tensor], None]
-"""Takes the full tensor of the checkpoint (any float dtype, on CPU or device) and keeps this rank's shard of it."""
+"""Takes the full tensor of the checkpoint (any float dtype, on CPU or device) and keeps a copy of this rank's
+shard: the tensor's memory is used again after the call."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

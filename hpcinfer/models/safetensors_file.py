@@ -1,18 +1,18 @@
-"""One safetensors file: its header, checked, and its tensors as views of the mapped file.
+"""The header of a safetensors file, read and checked: where each of its tensors lies.
 
 The format (huggingface.co/docs/safetensors): 8 bytes little-endian header length, a JSON object name -> dtype, shape
 and data_offsets relative to the end of the header, then the data. Read here and not by the safetensors package, so that
-a damaged file is named with what is wrong, and so that byte ranges can be read in other ways than mapping.
+a damaged file is named with what is wrong, and so that data can be read as large byte ranges by few ranks.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from hpcinfer.errors import CheckpointError
@@ -27,8 +27,12 @@ _MAX_HEADER_BYTES = 100_000_000
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies in its file."""
+    """Where one tensor lies."""
 
+    name: str
+    """In its file."""
+    path: Path
+    """The file."""
     dtype: str
     """The format's name, for example BF16."""
     shape: tuple[int, ...]
@@ -37,44 +41,28 @@ class TensorEntry:
     end: int
     """One past the last byte."""
 
+    @property
+    def num_bytes(self) -> int:
+        return self.end - self.start
 
-class SafetensorsFile:
-    """A file whose header has been read and checked. The data are mapped at the first tensor.
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Raises CheckpointError for a dtype that is not supported."""
+        dtype = DTYPES.get(self.dtype)
+        if dtype is None:
+            raise CheckpointError(
+                f"tensor {self.name!r} in {self.path} has a dtype that is not supported",
+                found=self.dtype, fix="use the checkpoint in float32, bfloat16 or float16",
+            )
+        return dtype
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Name -> place of every tensor of a file. No two share a byte.
 
     Raises:
         CheckpointError: the file cannot be read, its header is damaged, or data are missing at its end.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.entries = _read_header(path)
-        self._bytes: np.ndarray | None = None
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """The tensor as a view of the file on the CPU: only pages that are touched are read. Do not write to it.
-
-        Raises:
-            CheckpointError: a dtype that is not supported.
-        """
-        entry = self.entries[name]
-        dtype = DTYPES.get(entry.dtype)
-        if dtype is None:
-            raise CheckpointError(
-                f"tensor {name!r} in {self.path} has a dtype that is not supported",
-                found=entry.dtype, fix="use the checkpoint in float32, bfloat16 or float16",
-            )
-        if entry.start == entry.end:
-            return torch.empty(entry.shape, dtype=dtype)
-        if self._bytes is None:
-            # Copy-on-write: torch wants writable memory, and nothing may ever reach the file.
-            self._bytes = np.memmap(self.path, np.uint8, mode="c")
-        data = self._bytes[entry.start : entry.end]
-        if entry.start % dtype.itemsize:
-            data = data.copy()  # old files need not align their data
-        return torch.from_numpy(data).view(dtype).view(entry.shape)
-
-
-def _read_header(path: Path) -> dict[str, TensorEntry]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -88,14 +76,18 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
         raise _damaged(path, f"a header that is not JSON: {error}") from None
     try:
         header.pop("__metadata__", None)
-        return {name: _entry(path, name, raw, 8 + length, size) for name, raw in header.items()}
+        entries = {name: _entry(path, name, raw, 8 + length, size) for name, raw in header.items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(path, f"a header entry that is not as the format says: {error!r}") from None
+    for one, other in itertools.pairwise(sorted(entries.values(), key=lambda entry: (entry.start, entry.end))):
+        if other.start < one.end:
+            raise _damaged(path, f"tensors {one.name!r} and {other.name!r} overlap")
+    return entries
 
 
 def _entry(path: Path, name: str, raw: dict, base: int, size: int) -> TensorEntry:
     start, end = (base + int(offset) for offset in raw["data_offsets"])
-    entry = TensorEntry(str(raw["dtype"]), tuple(int(n) for n in raw["shape"]), start, end)
+    entry = TensorEntry(name, path, str(raw["dtype"]), tuple(int(n) for n in raw["shape"]), start, end)
     if not base <= start <= end <= size:
         raise _damaged(path, f"tensor {name!r} ends at byte {end}, the file has {size}")
     dtype = DTYPES.get(entry.dtype)

@@ -1,188 +1,156 @@
-"""From a Hugging Face folder to this rank's shards. Only safetensors: never pickle, never code from the folder.
+"""From the files of a checkpoint to this rank's shards.
 
-Reading (`Checkpoint`: whole tensors) and slicing (the layers' own loaders) are kept apart, so that reading can change
-without the layers.
+Headers (`Checkpoint`) are read by one rank and handed to the others. Data are read once in the whole world, whatever the
+number of ranks (`models.weight_stream`), and sliced on each rank's device by the layers' own loaders.
 """
 
 from __future__ import annotations
 
-import copy
-import json
-from collections.abc import Callable, Iterable
-from pathlib import Path
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
 
 import torch
 
-from hpcinfer.config.model import ModelConfig
+from hpcinfer.comm.bootstrap import World, split
 from hpcinfer.errors import CheckpointError
-from hpcinfer.models.base import StageModel
-from hpcinfer.models.safetensors_file import SafetensorsFile, TensorEntry
+from hpcinfer.models.base import StageModel, WeightLoader
+from hpcinfer.models.checkpoint import Checkpoint, check_tensors
+from hpcinfer.models.extents import EXTENT_BYTES, Extent, Piece, plan_extents
+from hpcinfer.models.safetensors_file import TensorEntry
+from hpcinfer.models.weight_stream import WeightStream
+from hpcinfer.parallel.agree import together
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-# Most names in one error message.
-_NAMED = 8
-
-
-class Checkpoint:
-    """The tensors of a folder with model.safetensors, or with shards and model.safetensors.index.json.
-
-    Headers are read and checked at once, data when a tensor is used.
-
-    Raises:
-        CheckpointError: nothing in safetensors, missing shards (named), a damaged file or index.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        if (self.folder / SINGLE_FILE).is_file():
-            file = SafetensorsFile(self.folder / SINGLE_FILE)
-            file_of = dict.fromkeys(file.entries, file)
-        elif (self.folder / INDEX_FILE).is_file():
-            file_of = _open_shards(self.folder)
-        else:
-            raise _nothing_to_read(self.folder)
-        # Name -> file, and what the tensor is called in it.
-        self._places = {name: (file, name) for name, file in file_of.items()}
-
-    def named_for(self, model: type[StageModel]) -> Checkpoint:
-        """The same tensors under the names that `model` has for them.
-
-        Raises:
-            CheckpointError: two tensors get the same name.
-        """
-        places: dict[str, tuple[SafetensorsFile, str]] = {}
-        for name, place in sorted(self._places.items()):
-            ours = model.canonical_name(name)
-            if ours in places:
-                raise CheckpointError(
-                    f"two tensors in {str(self.folder)!r} are the same one of the model",
-                    found=f"{places[ours][1]} and {place[1]}",
-                )
-            places[ours] = place
-        view = copy.copy(self)
-        view._places = places
-        return view
-
-    def names(self) -> frozenset[str]:
-        """Names of all tensors."""
-        return frozenset(self._places)
-
-    def entry(self, name: str) -> TensorEntry:
-        """Dtype, shape and place of a tensor."""
-        file, stored = self._places[name]
-        return file.entries[stored]
-
-    def path(self, name: str) -> Path:
-        """The file that holds a tensor."""
-        return self._places[name][0].path
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.entry(name).shape
-
-    def num_bytes(self, name: str) -> int:
-        entry = self.entry(name)
-        return entry.end - entry.start
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """The full tensor on the CPU in the checkpoint's dtype: a view of the mapped file, read where it is used."""
-        file, stored = self._places[name]
-        return file.tensor(stored)
+_NO_DEADLINE = float("inf")
 
 
-def check_tensors(checkpoint: Checkpoint, model: type[StageModel], config: ModelConfig) -> None:
-    """Compare the checkpoint with what the whole model needs.
+@dataclasses.dataclass(kw_only=True, slots=True)
+class LoadFigures:
+    """How far loading is on one rank."""
 
-    Raises:
-        CheckpointError: tensors are missing, left over or of another shape; names them.
-    """
-    checkpoint = checkpoint.named_for(model)
-    wanted, present = model.checkpoint_shapes(config), checkpoint.names()
-    missing = [name for name in wanted if name not in present]
-    extra = sorted(name for name in present if name not in wanted and not model.is_ignored(config, name))
-    wrong = [
-        f"{name} {checkpoint.shape(name)} instead of {shape}"
-        for name, shape in wanted.items() if name in present and checkpoint.shape(name) != shape
-    ]
-    parts = [
-        f"{len(names)} {what}: {_some(names)}"
-        for what, names in (("missing", missing), ("not part of the model", extra), ("of a wrong shape", wrong))
-        if names
-    ]
-    if parts:
-        raise CheckpointError(
-            f"the tensors in {str(checkpoint.folder)!r} are not those of the {config.family} that its config.json says",
-            found="; ".join(parts), fix="use the config.json that belongs to these weights, and all of its files",
-        )
+    total_bytes: int = 0
+    """Of the checkpoint, that the whole model needs."""
+    done_bytes: int = 0
+    """Those of them that have come to this rank."""
+    read_bytes: int = 0
+    """Bytes that this rank got from the file system; over the ranks of the world they add up to `total_bytes`."""
+    seconds: float = 0.0
+    """Since loading began."""
 
 
 def load_stage(
-    model: StageModel, checkpoint: Checkpoint, progress: Callable[[int, int], None] | None = None
-) -> None:
-    """Fill this rank's shards from the checkpoint, cast to the model's dtype.
+    model: StageModel,
+    checkpoint: Checkpoint,
+    world: World,
+    *,
+    progress: Callable[[LoadFigures], None] | None = None,
+    extent_bytes: int = EXTENT_BYTES,
+) -> LoadFigures:
+    """Fill this rank's shards from the checkpoint, cast to the model's dtype. Collective over the world.
+
+    The first rank of each node reads; the nodes take turns, an extent each. While it lasts a rank needs, beside the
+    weights that it keeps, two extents and the stage's largest tensor on its device (twice where its bytes are not
+    aligned), and what loaders hold back (`PackedLoader`); a rank that reads needs two extents of host memory too. All of
+    it is free again before pages are allocated. There is no deadline: a file system may be slow.
 
     Args:
-        progress: called after each tensor with the bytes done and the bytes of all tensors of this stage.
+        checkpoint: the same on all ranks.
+        world: the ranks among which each byte is read once, all replicas together.
+        progress: called after each extent.
+        extent_bytes: what is read and broadcast at once.
 
     Raises:
-        CheckpointError: see `check_tensors`.
+        CheckpointError: see `check_tensors`; a dtype that is not supported; a file that cannot be read any more, or has
+            become shorter. Raised on all ranks.
     """
+    began_s = time.monotonic()
+    patient = dataclasses.replace(world, deadline_s=_NO_DEADLINE)
+    needed = together(world.channel, lambda: _needed_entries(model, checkpoint), deadline_s=_NO_DEADLINE)
+    readers = [rank for rank, local_rank in enumerate(world.channel.all_gather(world.local_rank)) if local_rank == 0]
+    communicator = split(patient, range(world.size), "weights")
+    extents = plan_extents(needed, extent_bytes)
+    stream = WeightStream(extents, communicator, readers)
+    filler = StageFiller(model.weights(), needed)
+    figures = LoadFigures(total_bytes=sum(extent.num_bytes for extent in extents))
+
+    def take(extent: Extent, data: torch.Tensor) -> None:
+        filler.take(extent, data)
+        figures.done_bytes += extent.num_bytes
+        figures.read_bytes = stream.bytes_read
+        figures.seconds = time.monotonic() - began_s
+        if progress is not None:
+            progress(figures)
+
+    error = stream.run(take)
+    communicator.close()
+    together(world.channel, lambda: _raise(error), deadline_s=_NO_DEADLINE)
+    filler.check_complete()
+    return figures
+
+
+class StageFiller:
+    """Puts the tensors of a stage together from extents and gives each to its loader.
+
+    Args:
+        loaders: name -> what takes the tensor.
+        entries: name -> its place, of these and of any others.
+    """
+
+    def __init__(self, loaders: Mapping[str, WeightLoader], entries: Mapping[str, TensorEntry]) -> None:
+        self._loaders = dict(loaders)
+        self._entries = entries
+        self._partial: torch.Tensor | None = None
+
+    def take(self, extent: Extent, data: torch.Tensor) -> None:
+        """Take the next extent, `data` uint8 [its bytes] on any device. Keeps nothing of `data`.
+
+        Raises:
+            CheckpointError: a layer refuses its tensor.
+        """
+        for piece in extent.pieces:
+            if piece.name in self._loaders:
+                entry = self._entries[piece.name]
+                whole = self._whole(piece, entry, data[piece.offset : piece.offset + piece.num_bytes])
+                if whole is not None:
+                    self._loaders.pop(piece.name)(_as_tensor(whole, entry))
+
+    def check_complete(self) -> None:
+        """Fail where a tensor has not come."""
+        assert not self._loaders, f"no extent had {sorted(self._loaders)}"
+
+    def _whole(self, piece: Piece, entry: TensorEntry, data: torch.Tensor) -> torch.Tensor | None:
+        """All bytes of the piece's tensor, None while some are still to come. A tensor's pieces follow each other, so that
+        one tensor at most is waiting."""
+        if piece.num_bytes == entry.num_bytes:
+            return data
+        if self._partial is None:
+            self._partial = torch.empty(entry.num_bytes, dtype=torch.uint8, device=data.device)
+        end = piece.tensor_offset + piece.num_bytes
+        self._partial[piece.tensor_offset : end].copy_(data)
+        if end < entry.num_bytes:
+            return None
+        whole, self._partial = self._partial, None
+        return whole
+
+
+def _as_tensor(data: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
+    """The bytes of a tensor as what they mean; a view, where they are aligned as its dtype wants."""
+    dtype = entry.torch_dtype
+    if data.storage_offset() % dtype.itemsize:
+        data = data.clone()  # old files need not align their data
+    return data.view(dtype).view(entry.shape)
+
+
+def _needed_entries(model: StageModel, checkpoint: Checkpoint) -> dict[str, TensorEntry]:
+    """The tensors that any rank needs, checked: those of the whole model. The same on all ranks."""
     check_tensors(checkpoint, type(model), model.config)
     checkpoint = checkpoint.named_for(type(model))
-    loaders = model.weights()
-    total = sum(map(checkpoint.num_bytes, loaders))
-    done = 0
-    # In the order of the files, which disks and parallel file systems read ahead.
-    for name in sorted(loaders, key=lambda name: (checkpoint.path(name), checkpoint.entry(name).start)):
-        loaders[name](checkpoint.tensor(name))
-        done += checkpoint.num_bytes(name)
-        if progress is not None:
-            progress(done, total)
+    needed = {name: checkpoint.entry(name) for name in model.checkpoint_shapes(model.config)}
+    for entry in needed.values():
+        _ = entry.torch_dtype
+    return needed
 
 
-def _open_shards(folder: Path) -> dict[str, SafetensorsFile]:
-    index = folder / INDEX_FILE
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shard_names = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is damaged", found=repr(error), fix="download or copy the file again") from None
-    unsafe = [name for name in shard_names if Path(name).name != name]
-    if unsafe:
-        raise CheckpointError(f"{index} names files outside its folder", found=_some(unsafe))
-    missing = [name for name in shard_names if not (folder / name).is_file()]
-    if missing:
-        raise CheckpointError(
-            f"shards of the checkpoint are missing in {str(folder)!r}",
-            found=f"{len(missing)} of {len(shard_names)}: {_some(missing)}", fix="download or copy them again",
-        )
-    files = {name: SafetensorsFile(folder / name) for name in shard_names}
-    absent = [tensor for tensor, name in weight_map.items() if tensor not in files[name].entries]
-    if absent:
-        raise CheckpointError(f"{index} names tensors that its shards do not have", found=_some(absent))
-    return {tensor: files[name] for tensor, name in weight_map.items()}
-
-
-def _nothing_to_read(folder: Path) -> CheckpointError:
-    if not folder.is_dir():
-        return CheckpointError(f"no model folder {str(folder)!r}", fix="give a Hugging Face folder")
-    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
-    if pickles:
-        return CheckpointError(
-            f"the weights in {str(folder)!r} are pickle files, which may run code and are never read",
-            found=_some(pickles),
-            fix="convert them on a trusted machine: AutoModelForCausalLM.from_pretrained(A).save_pretrained(B) of "
-                "transformers writes safetensors",
-        )
-    others = sorted(path.name for path in folder.glob("*.safetensors"))
-    return CheckpointError(
-        f"no weights in {str(folder)!r}",
-        found=f"{_some(others)} without {INDEX_FILE}" if others else "no safetensors file",
-        fix=f"the folder needs {SINGLE_FILE}, or shards with {INDEX_FILE}",
-    )
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
+def _raise(error: CheckpointError | None) -> None:
+    if error is not None:
+        raise error

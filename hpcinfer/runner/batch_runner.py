@@ -21,14 +21,15 @@ from hpcinfer.engine.profile import CudaMeter
 from hpcinfer.errors import ResumableError
 from hpcinfer.launch.env import LaunchEnvironment
 from hpcinfer.launch.signals import DrainFlag
-from hpcinfer.models.weights import Checkpoint, load_stage
+from hpcinfer.models.weights import load_stage
 from hpcinfer.observe.log import close_log, rank_log
 from hpcinfer.observe.metrics import PHASES, PhaseClock
 from hpcinfer.observe.trace import Recorder, span
-from hpcinfer.parallel.agree import agree_or_raise, together
+from hpcinfer.parallel.agree import agree_or_raise
 from hpcinfer.parallel.groups import ReplicaGroups, build_groups
 from hpcinfer.runner.leader import lead
 from hpcinfer.runner.preflight import CheckedJob, check_job, open_run
+from hpcinfer.runner.progress import LoadProgress
 from hpcinfer.runner.replica_loop import LoopFigures, check_failures
 from hpcinfer.runner.summary import RunSummary, expert_balance
 from hpcinfer.runner.tracing import recording
@@ -48,6 +49,8 @@ class _RankResult:
     counters: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     expert_load: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
     """Layer -> int64 [experts]: tokens counted by this rank."""
+    weights_read_bytes: int = 0
+    """Bytes of the checkpoint that this rank got from the file system."""
 
 
 def run_job(
@@ -132,22 +135,22 @@ def _generate(
         ResumableError: this rank's device is out of memory; the next start takes less.
     """
     clock, replica = PhaseClock(), None
+    loading = LoadProgress(log if world.rank == 0 else None)
     try:
         with span(recorder, "load"):
-            checkpoint = Checkpoint(job.model.path)
             replica = build_replica(
                 plan, groups, clock=clock, recorder=recorder,
-                load=lambda stage: together(world.channel, lambda: load_stage(stage, checkpoint), deadline_s=_NO_DEADLINE),
+                load=lambda stage: load_stage(stage, checked.checkpoint, world, progress=loading.update),
                 meter=CudaMeter(world.device, num_ranks=world.num_device_ranks) if world.device.type == "cuda" else None,
             )
         limits = replica.scheduler.limits
         log.info(
-            "loaded in %.1f s; K/V cache for %s tokens; two-batch overlap %s; rows are written to %s", clock.seconds["load"],
-            format_count(limits.num_tokens),
+            "loaded in %.1f s (%s); K/V cache for %s tokens; two-batch overlap %s; rows are written to %s",
+            clock.seconds["load"], loading.total(), format_count(limits.num_tokens),
             f"from {limits.two_batch_tokens} tokens on" if limits.two_batch_tokens else "off", run.path,
         )
         start_s = time.monotonic()
-        result = _RankResult(phase_seconds=clock.seconds)
+        result = _RankResult(phase_seconds=clock.seconds, weights_read_bytes=loading.figures.read_bytes)
         if replica.is_leader:
             result.figures = lead(
                 job, checked, run, replica, environment=environment, drain=drain, clock=clock, console=console,
@@ -161,7 +164,7 @@ def _generate(
         result.expert_load = replica.expert_load()
         with span(recorder, "release"):
             replica.close()
-            del replica, checkpoint
+            del replica
         return result
     except torch.OutOfMemoryError as cause:
         limits = plan.limits if replica is None else replica.scheduler.limits
@@ -210,6 +213,7 @@ def _sum_up(
         layout=_layout(checked, num_ranks),
         counters=dict(counters),
         experts=expert_balance([result.expert_load for result in results]),
+        weights_read_bytes=sum(result.weights_read_bytes for result in results),
     )
 
 

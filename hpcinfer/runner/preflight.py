@@ -21,8 +21,8 @@ from hpcinfer.engine.build import ReplicaPlan
 from hpcinfer.engine.memory import context_limit
 from hpcinfer.layers.experts import check_packed
 from hpcinfer.launch.env import LaunchEnvironment
+from hpcinfer.models.checkpoint import Checkpoint, check_tensors
 from hpcinfer.models.registry import model_class
-from hpcinfer.models.weights import Checkpoint, check_tensors
 from hpcinfer.parallel.mesh import Mesh
 from hpcinfer.runner.identity import model_facts, sampling_facts
 
@@ -34,6 +34,8 @@ class CheckedJob:
     mesh: Mesh
     """As rank 0 sees it."""
     model: ModelConfig
+    checkpoint: Checkpoint
+    """What the headers of the weights say: rank 0 alone has read them."""
     num_rows: int
     """Rows of the prompts now."""
     started: str
@@ -53,12 +55,15 @@ def check_job(job: JobConfig, world_size: int, environment: LaunchEnvironment) -
         world_size, pp=parallel.pp, sp=parallel.sp, tp=parallel.tp, ep=parallel.ep, dp=parallel.dp or None
     )
     context_limit(model, job.engine)
-    check_tensors(Checkpoint(job.model.path), model_class(model), model)
+    checkpoint = Checkpoint(job.model.path)
+    check_tensors(checkpoint, model_class(model), model)
     with open_job_prompts(job) as reader:
         if reader.kind == "text":
             Tokenizer(job.model.path)
         started = time.strftime("%Y%m%dT%H%M%S") + (f"-job{environment.job_id}" if environment.job_id else "")
-        return CheckedJob(mesh=mesh, model=model, num_rows=reader.num_rows, started=started)
+        return CheckedJob(
+            mesh=mesh, model=model, checkpoint=checkpoint, num_rows=reader.num_rows, started=started
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,16 +1,48 @@
-"""How far a whole run is, seen from one rank: its own figures, and the heartbeats of all other writers."""
+"""How far loading is; how far a whole run is, from one rank's own figures and the heartbeats of all other writers."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 
 from hpcinfer.data.ledger.run_directory import RunDirectory
 from hpcinfer.data.ledger.writers import read_heartbeat, writer_ids
+from hpcinfer.models.weights import LoadFigures
 from hpcinfer.observe.progress import ProgressBar, ProgressPoint
 from hpcinfer.runner.replica_loop import LoopFigures
 
 _OTHERS_S = 2.0
+_LOADING_S = 5.0
+
+
+class LoadProgress:
+    """Says every few seconds how far the weights of a start are.
+
+    Args:
+        log: where it says so; None for nowhere.
+    """
+
+    def __init__(self, log: logging.Logger | None) -> None:
+        self.figures = LoadFigures()
+        """The newest."""
+        self._log = log
+        self._next_s = _LOADING_S
+
+    def update(self, figures: LoadFigures) -> None:
+        """Take figures; say so if it is time to."""
+        self.figures = figures
+        if self._log is not None and figures.seconds >= self._next_s:
+            self._next_s = figures.seconds + _LOADING_S
+            self._log.info(
+                "weights %s of %s, %s/s", _gigabytes(figures.done_bytes), _gigabytes(figures.total_bytes),
+                _gigabytes(figures.done_bytes / figures.seconds),
+            )
+
+    def total(self) -> str:
+        """What was loaded, and how fast."""
+        done, seconds = self.figures.done_bytes, max(self.figures.seconds, 1e-9)
+        return f"weights of {_gigabytes(done)}, {_gigabytes(done / seconds)}/s"
 
 
 class RunProgress:
@@ -80,3 +112,8 @@ class RunProgress:
 def earlier_writers(run: RunDirectory) -> dict[str, dict]:
     """The heartbeats of all writers that are there now: writer id -> figures."""
     return {writer_id: read_heartbeat(run, writer_id) for writer_id in writer_ids(run)}
+
+
+def _gigabytes(num_bytes: float) -> str:
+    """In powers of ten, as networks and file systems are rated."""
+    return f"{num_bytes / 1e9:.{1 if num_bytes >= 1e8 else 3}f} GB"

@@ -45,6 +45,9 @@ class RunSummary:
     """Mesh and number of ranks, in words."""
     counters: Mapping[str, int]
     """What happened: ticks, preemptions, chunked prefills, resumed rows, takeovers, in all replicas together."""
+    weights_read_bytes: int = 0
+    """Bytes of the checkpoint that this start got from the file system, all ranks together: each that the model needs once;
+    0 where there was nothing to generate."""
     experts: Mapping[str, list[int]] = dataclasses.field(default_factory=dict)
     """Mixtures of experts: layer -> tokens that each expert got in this start; empty without mixtures."""
 

@@ -49,7 +49,7 @@ def test_the_next_lives_take_less_and_finish(victim, tmp_path):
     run_demo(tmp_path / "undisturbed", ["parallel.tp=1"])
     output, allowed, seen = tmp_path / "run", None, []
     for life in range(6):
-        result = start(output, victim, tick=20)
+        result = start(output, victim, tick=100)
         if result.returncode == 0:
             break
         assert result.returncode == 3, result.stdout + result.stderr

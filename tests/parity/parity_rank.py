@@ -21,9 +21,11 @@ from hpcinfer.config.parallel import ParallelConfig
 from hpcinfer.engine import worker as worker_module
 from hpcinfer.engine.build import build_replica, plan_replica, stage_layers
 from hpcinfer.launch.report import Place, run_as_rank
+from hpcinfer.models.checkpoint import Checkpoint
 from hpcinfer.models.footprint import kv_bytes_per_token
-from hpcinfer.models.weights import Checkpoint, load_stage
+from hpcinfer.models.weights import load_stage
 from hpcinfer.observe.metrics import PhaseClock
+from hpcinfer.parallel.agree import agree_or_raise
 from hpcinfer.parallel.groups import build_groups
 from hpcinfer.parallel.mesh import Mesh
 from hpcinfer.request import Request, SamplingParams
@@ -53,7 +55,7 @@ def run_layout(
         world.size, pp=parallel.pp, sp=parallel.sp, tp=parallel.tp, ep=parallel.ep, rank=world.rank
     )
     groups = build_groups(world, mesh, sequence_form=parallel.sequence_form)
-    checkpoint = Checkpoint(folder)
+    checkpoint = agree_or_raise(world.channel, lambda: Checkpoint(folder))
     model = ModelConfig.from_folder(folder)
     num_layers = len(stage_layers(model, parallel)[mesh.stage])
     kv_memory = kv_bytes_per_token(model, num_layers, mesh.tp, 4) * engine["block_size"] * num_blocks
@@ -63,7 +65,7 @@ def run_layout(
     )
     graphs: list[CalledAgain] = []
     replica = build_replica(
-        plan, groups, clock=PhaseClock(), load=lambda stage: load_stage(stage, checkpoint),
+        plan, groups, clock=PhaseClock(), load=lambda stage: load_stage(stage, checkpoint, world),
         make_graph=(lambda: graphs.append(CalledAgain()) or graphs[-1]) if captured else None,
     )
     recorder = RecordingSampler()

@@ -29,10 +29,12 @@ from hpcinfer.engine.build import build_replica, plan_replica
 from hpcinfer.engine.replica import Replica
 from hpcinfer.launch.process import die_with_parent
 from hpcinfer.launch.report import Place, run_as_rank
+from hpcinfer.models.checkpoint import Checkpoint
 from hpcinfer.models.footprint import kv_bytes_per_token
-from hpcinfer.models.weights import Checkpoint, load_stage
+from hpcinfer.models.weights import load_stage
 from hpcinfer.observe.metrics import PhaseClock
 from hpcinfer.observe.trace import Recorder
+from hpcinfer.parallel.agree import agree_or_raise
 from hpcinfer.parallel.groups import ReplicaGroups, build_groups
 from hpcinfer.parallel.mesh import Mesh
 from hpcinfer.request import Request, SamplingParams
@@ -117,10 +119,10 @@ def make_replica(
         dtype="float32", device=device, available_bytes=2**30,
     )
     pages = PageRecorder(plan.attention, groups.mark)
-    checkpoint = Checkpoint(case["model"])
+    checkpoint = agree_or_raise(world.channel, lambda: Checkpoint(case["model"]))
     replica = build_replica(
         dataclasses.replace(plan, attention=pages), groups, clock=PhaseClock(),
-        load=lambda stage: load_stage(stage, checkpoint), recorder=recorder,
+        load=lambda stage: load_stage(stage, checkpoint, world), recorder=recorder,
     )
     return replica, pages, plan
 

@@ -11,18 +11,22 @@ import torch
 
 from hpcinfer.attention.base import AttentionBackend
 from hpcinfer.batch import MicroBatch
+from hpcinfer.comm.bootstrap import local_world
 from hpcinfer.comm.local import LocalCommunicator
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.kvcache.pool import KvPool
 from hpcinfer.models.base import StageInputs, StageModel
+from hpcinfer.models.checkpoint import Checkpoint
 from hpcinfer.models.registry import model_class
-from hpcinfer.models.weights import Checkpoint, load_stage
+from hpcinfer.models.weights import load_stage
 from hpcinfer.parallel.axes import StageAxes
 from tests.checkpoints import load_reference, make_variant
 from tests.unit.layers.lockstep import LockstepCommunicator, run_lockstep
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 4
+# Tensors of these small models then span extents, share them, and lie at odd places in them.
+EXTENT_BYTES = 4099
 
 
 def build_stages(
@@ -43,7 +47,7 @@ def build_stages(
             model = model_class(config)(
                 config, layers=layers, axes=axes, backend=backend(), dtype=dtype, device=CPU
             )
-            load_stage(model, checkpoint)
+            load_stage(model, checkpoint, local_world(), extent_bytes=EXTENT_BYTES)
             ranks.append(model)
         built.append(ranks)
     return built

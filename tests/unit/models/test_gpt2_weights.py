@@ -7,11 +7,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hpcinfer.attention.naive import NaiveBackend
+from hpcinfer.comm.bootstrap import local_world
 from hpcinfer.comm.local import LocalCommunicator
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.errors import CheckpointError
+from hpcinfer.models.checkpoint import Checkpoint
 from hpcinfer.models.gpt2 import Gpt2Stage
-from hpcinfer.models.weights import Checkpoint, load_stage
+from hpcinfer.models.weights import load_stage
 from hpcinfer.parallel.axes import StageAxes
 from tests.checkpoints import make_checkpoint
 from tests.unit.layers.lockstep import LockstepCommunicator
@@ -23,7 +25,7 @@ def load(folder, *, rank: int = 0, tp: int = 1, layers: range = range(3)) -> Gpt
         ModelConfig.from_folder(folder), layers=layers, axes=StageAxes(tp=comm), backend=NaiveBackend(),
         dtype=torch.float32, device=torch.device("cpu"),
     )
-    load_stage(model, Checkpoint(folder))
+    load_stage(model, Checkpoint(folder), local_world())
     return model
 
 

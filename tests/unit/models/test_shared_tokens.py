@@ -8,11 +8,13 @@ import torch
 
 from hpcinfer.attention.sdpa import SdpaBackend
 from hpcinfer.batch import MicroBatch
+from hpcinfer.comm.bootstrap import local_world
 from hpcinfer.comm.communicator import FinishedHandle
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.models.base import StageInputs
+from hpcinfer.models.checkpoint import Checkpoint
 from hpcinfer.models.registry import model_class
-from hpcinfer.models.weights import Checkpoint, load_stage
+from hpcinfer.models.weights import load_stage
 from hpcinfer.parallel.axes import StageAxes
 from tests.checkpoints import make_variant
 from tests.unit.layers.lockstep import LockstepCommunicator, run_lockstep
@@ -38,7 +40,7 @@ def build_lanes(folder, sequence_form: bool) -> list:
                 config, layers=range(config.num_layers), axes=StageAxes(tp=tp, sp=sp, sequence_form=sequence_form),
                 backend=SdpaBackend(), dtype=torch.float32, device=CPU,
             )
-            load_stage(model, checkpoint)
+            load_stage(model, checkpoint, local_world())
             models.append(model)
     return models
 

@@ -10,12 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hpcinfer.attention.naive import NaiveBackend
+from hpcinfer.comm.bootstrap import local_world
 from hpcinfer.comm.local import LocalCommunicator
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.errors import CheckpointError, ConfigError
+from hpcinfer.models.checkpoint import Checkpoint, check_tensors
 from hpcinfer.models.llama import LlamaStage
 from hpcinfer.models.registry import MODELS, model_class
-from hpcinfer.models.weights import Checkpoint, check_tensors, load_stage
+from hpcinfer.models.weights import load_stage
 from hpcinfer.parallel.axes import StageAxes
 from tests.checkpoints import make_checkpoint
 from tests.unit.layers.lockstep import LockstepCommunicator
@@ -54,7 +56,7 @@ def stage(folder, dtype=torch.float32, layers=None, tp=None) -> LlamaStage:
 
 def load(folder, **kwargs) -> LlamaStage:
     model = stage(folder, **kwargs)
-    load_stage(model, Checkpoint(folder))
+    load_stage(model, Checkpoint(folder), local_world())
     return model
 
 
@@ -69,12 +71,17 @@ def rewrite(folder, change) -> None:
 def test_one_file_and_shards_load_the_same(folder, original_sharded):
     seen = []
     one = stage(folder)
-    load_stage(one, Checkpoint(folder), progress=lambda done, total: seen.append((done, total)))
+    figures = load_stage(
+        one, Checkpoint(folder), local_world(), extent_bytes=10_000,
+        progress=lambda figures: seen.append((figures.done_bytes, figures.total_bytes)),
+    )
     many = load(original_sharded)
     assert len(list(original_sharded.glob("*.safetensors"))) > 3
     assert torch.equal(one.layers[2].mlp.gate_up.weight, many.layers[2].mlp.gate_up.weight)
     assert torch.equal(one.head.weight, many.head.weight)
-    assert seen[-1][0] == seen[-1][1] and seen == sorted(seen)
+    needed = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
+    assert seen == [(min(done, needed), needed) for done in range(10_000, needed + 10_000, 10_000)]
+    assert figures.read_bytes == figures.done_bytes == needed and figures.seconds > 0
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
@@ -160,17 +167,19 @@ def test_index_that_lies(sharded):
         Checkpoint(sharded)
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut header", "not json", "cut data", "huge header", "bad offsets"])
+@pytest.mark.parametrize("damage", ["empty", "cut header", "not json", "cut data", "huge header", "bad offsets", "overlap"])
 def test_damaged_file(folder, damage):
     path = folder / "model.safetensors"
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
-    header["lm_head.weight"]["shape"] = [3, 3]
-    bad = json.dumps(header).encode()
+    bad = json.dumps({**header, "lm_head.weight": {**header["lm_head.weight"], "shape": [3, 3]}}).encode()
+    end = header[NAME]["data_offsets"][1]
+    both = json.dumps({**header, "second": {"dtype": "F32", "shape": [1], "data_offsets": [end - 4, end]}}).encode()
     path.write_bytes({
         "empty": b"", "cut header": data[:100], "not json": data[:8] + b"x" * length + data[8 + length :],
         "cut data": data[:-5], "huge header": (10**15).to_bytes(8, "little") + data[8:],
+        "overlap": len(both).to_bytes(8, "little") + both + data[8 + length :],
         "bad offsets": len(bad).to_bytes(8, "little") + bad + data[8 + length :],
     }[damage])
     with pytest.raises(CheckpointError, match="is damaged or incomplete"):
@@ -185,9 +194,8 @@ def test_unaligned_data(folder):
     header = data[8 : 8 + length].rstrip() + b" "
     header += b" " * (len(header) % 2 == 0)
     path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
-    name = "model.embed_tokens.weight"
-    assert Checkpoint(folder).entry(name).start % 4
-    assert torch.equal(Checkpoint(folder).tensor(name), load_file(path)[name])
+    assert Checkpoint(folder).entry("model.embed_tokens.weight").start % 4
+    assert torch.equal(load(folder).embedding.weight, load_file(path)["model.embed_tokens.weight"])
 
 
 def test_unsupported_dtype(folder):
