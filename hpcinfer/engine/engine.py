@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from hpcinfer.comm.bootstrap import local_world
 from hpcinfer.config.job import EngineSection
@@ -14,13 +13,15 @@ from hpcinfer.config.model import ModelConfig
 from hpcinfer.config.parallel import ParallelConfig
 from hpcinfer.data.tokenize import Tokenizer
 from hpcinfer.engine.build import build_replica, plan_replica
+from hpcinfer.engine.memory import available_bytes
 from hpcinfer.engine.outcome import failed_generation, generation_of
+from hpcinfer.engine.profile import meter_of
 from hpcinfer.errors import ConfigError, RowError
-from hpcinfer.launch.host_memory import available_host_bytes
 from hpcinfer.models.checkpoint import Checkpoint
 from hpcinfer.models.weights import load_stage
 from hpcinfer.observe.metrics import PhaseClock
-from hpcinfer.parallel.groups import local_groups
+from hpcinfer.parallel.groups import build_groups
+from hpcinfer.parallel.mesh import Mesh
 from hpcinfer.request import Generation, Request, SamplingParams
 
 _QUEUE_DEPTH = 2
@@ -37,7 +38,7 @@ class Engine:
     Args:
         model: a Hugging Face folder.
         dtype: float32, bfloat16, float16, or auto (the checkpoint's own).
-        engine: batching and memory, see `EngineSection`.
+        engine: device, batching and memory, see `EngineSection`.
 
     Raises:
         CheckpointError: the folder is incomplete or not supported.
@@ -46,16 +47,18 @@ class Engine:
 
     def __init__(self, model: str | Path, *, dtype: str = "auto", engine: EngineSection = EngineSection()) -> None:
         config = ModelConfig.from_folder(model)
-        device = torch.device("cpu")
-        groups = local_groups()
+        world = local_world()
+        world.use_device(engine.device)
+        groups = build_groups(world, Mesh())
         plan = plan_replica(
-            config, ParallelConfig(), engine, groups, groups.control, dtype=dtype, device=device,
-            available_bytes=available_host_bytes(1),
+            config, ParallelConfig(), engine, groups, groups.control, dtype=dtype, device=world.device,
+            available_bytes=available_bytes(world.device, num_local_ranks=1),
         )
         checkpoint = Checkpoint(model)
         self.clock = PhaseClock()
         self._replica = build_replica(
-            plan, groups, clock=self.clock, load=lambda stage: load_stage(stage, checkpoint, local_world())
+            plan, groups, clock=self.clock, load=lambda stage: load_stage(stage, checkpoint, world),
+            meter=meter_of(world.device),
         )
         self._tokenizer = Tokenizer(model) if (Path(model) / "tokenizer.json").is_file() else None
         self._vocab_size = config.vocab_size

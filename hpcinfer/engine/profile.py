@@ -66,6 +66,11 @@ class CudaMeter:
         return torch.cuda.mem_get_info(self._device)[0] // self._num_ranks
 
 
+def meter_of(device: torch.device, *, num_ranks: int = 1) -> Meter | None:
+    """What measures a device; None for a CPU, whose pages are computed alone: other programs share its memory."""
+    return CudaMeter(device, num_ranks=num_ranks) if device.type == "cuda" else None
+
+
 def profiled_limits(
     model: StageModel,
     limits: SchedulerLimits,

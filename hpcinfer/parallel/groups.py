@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from hpcinfer.comm.bootstrap import World, local_world, split, split_channel
+from hpcinfer.comm.bootstrap import World, split, split_channel
 from hpcinfer.comm.communicator import Communicator
 from hpcinfer.comm.device_queue import Reporting
 from hpcinfer.comm.host import HostChannel
@@ -136,8 +136,3 @@ def _token_links(world: World, mesh: Mesh) -> dict[int, Communicator]:
         if link is not None:
             links[lane] = link
     return links
-
-
-def local_groups() -> ReplicaGroups:
-    """The groups of a single process. Needs no MPI."""
-    return build_groups(local_world(), Mesh())

@@ -17,7 +17,7 @@ from hpcinfer.data.ledger.run_directory import RunDirectory, open_existing
 from hpcinfer.data.ledger.status import read_status
 from hpcinfer.engine.build import ReplicaPlan, build_replica, plan_replica
 from hpcinfer.engine.memory import available_bytes
-from hpcinfer.engine.profile import CudaMeter
+from hpcinfer.engine.profile import meter_of
 from hpcinfer.errors import ResumableError
 from hpcinfer.launch.env import LaunchEnvironment
 from hpcinfer.launch.signals import DrainFlag
@@ -141,7 +141,7 @@ def _generate(
             replica = build_replica(
                 plan, groups, clock=clock, recorder=recorder,
                 load=lambda stage: load_stage(stage, checked.checkpoint, world, progress=loading.update),
-                meter=CudaMeter(world.device, num_ranks=world.num_device_ranks) if world.device.type == "cuda" else None,
+                meter=meter_of(world.device, num_ranks=world.num_device_ranks),
             )
         limits = replica.scheduler.limits
         log.info(

@@ -11,12 +11,12 @@ from hpcinfer.comm.host import LocalHostChannel
 from hpcinfer.comm.local import LocalCommunicator
 from hpcinfer.errors import CommunicationError, ConfigError
 from hpcinfer.parallel.agree import agree, agree_or_raise
-from hpcinfer.parallel.groups import build_groups, local_groups
+from hpcinfer.parallel.groups import build_groups
 from hpcinfer.parallel.mesh import Mesh
 
 
 def test_local_groups():
-    groups = local_groups()
+    groups = build_groups(local_world(), Mesh())
     assert isinstance(groups.axes.tp, LocalCommunicator) and isinstance(groups.control, LocalHostChannel)
     assert groups.from_previous is groups.to_next is None and not groups.tokens
     groups.warmup()
@@ -55,9 +55,11 @@ def raise_config_error():
 def test_a_single_process_never_loads_mpi():
     code = (
         "import sys\n"
-        "from hpcinfer.parallel.groups import local_groups\n"
+        "from hpcinfer.comm.bootstrap import local_world\n"
+        "from hpcinfer.parallel.groups import build_groups\n"
+        "from hpcinfer.parallel.mesh import Mesh\n"
         "import torch\n"
-        "local_groups().axes.tp.all_reduce(torch.ones(2)).wait()\n"
+        "build_groups(local_world(), Mesh()).axes.tp.all_reduce(torch.ones(2)).wait()\n"
         "assert 'mpi4py' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
