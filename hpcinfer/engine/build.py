@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import platform
 from collections.abc import Callable
 
 import torch
 
-from hpcinfer.attention.base import AttentionBackend
-from hpcinfer.attention.registry import ENVIRONMENT_VARIABLE, attention_query, select_backend
+from hpcinfer.attention.base import AttentionBackend, AttentionQuery
+from hpcinfer.attention.registry import ENVIRONMENT_VARIABLE, AttentionChoice, attention_query, select_backend
 from hpcinfer.comm.host import HostChannel
 from hpcinfer.config.job import EngineSection
 from hpcinfer.config.model import ModelConfig
@@ -22,6 +23,7 @@ from hpcinfer.engine.memory import context_limit, num_kv_blocks
 from hpcinfer.engine.overlap import with_two_batch
 from hpcinfer.engine.replica import Replica
 from hpcinfer.engine.worker import Worker
+from hpcinfer.errors import ConfigError
 from hpcinfer.models.base import StageModel
 from hpcinfer.models.footprint import layer_cost
 from hpcinfer.models.registry import model_class
@@ -49,6 +51,8 @@ class ReplicaPlan:
     device: torch.device
     """Where this rank computes."""
     attention: AttentionBackend
+    passed_over: dict[str, str]
+    """Attention backends that would have been preferred, each with the condition that failed; empty where the job names one."""
     two_batch: str
     """`parallel.two_batch`; what it comes to is measured when the weights are there."""
     limits: SchedulerLimits
@@ -77,17 +81,20 @@ def plan_replica(
         ConfigError: a misfit, with the nearest valid choice.
     """
     dtype = model.dtype if dtype == "auto" else dtype
-    layers, attention, blocks = together(
-        world, lambda: _plan_rank(model, parallel, engine, groups.mesh.stage, dtype, device, available_bytes)
-    )
-    agreed = agree(
-        groups.control,
-        minimum={"num_blocks": blocks},
-        leader={"block_size": engine.block_size, "attention": attention.name},
-    )
+    layers, query, own = together(world, lambda: _plan_rank(model, parallel, engine, groups.mesh.stage, dtype, device))
+    page = agree(groups.control, minimum={}, leader={"attention": own.backend.name, "block_size": own.block_size})
+
+    def fit() -> tuple[AttentionChoice, int]:
+        choice = _as_leader(own, query, page["attention"], page["block_size"])
+        return choice, num_kv_blocks(
+            model, engine, layers=layers, parallel=parallel, block_size=choice.block_size, dtype=dtype,
+            available_bytes=available_bytes,
+        )
+
+    choice, blocks = together(world, fit)
     limits = SchedulerLimits(
-        num_blocks=agreed["num_blocks"],
-        block_size=agreed["block_size"],
+        num_blocks=agree(groups.control, minimum={"num_blocks": blocks}, leader={})["num_blocks"],
+        block_size=choice.block_size,
         max_batch_tokens=engine.max_batch_tokens,
         max_sequences=engine.max_sequences,
         max_context=context_limit(model, engine),
@@ -97,34 +104,36 @@ def plan_replica(
         eos_token_ids=frozenset(model.eos_token_ids),
     )
     return ReplicaPlan(
-        model=model, dtype=dtype, layers=layers, device=device, attention=attention, two_batch=parallel.two_batch,
-        limits=limits,
+        model=model, dtype=dtype, layers=layers, device=device, attention=choice.backend, passed_over=choice.passed_over,
+        two_batch=parallel.two_batch, limits=limits,
     )
 
 
 def _plan_rank(
-    model: ModelConfig,
-    parallel: ParallelConfig,
-    engine: EngineSection,
-    stage: int,
-    dtype: str,
-    device: torch.device,
-    available_bytes: int,
-) -> tuple[range, AttentionBackend, int]:
-    """This rank's layers, attention backend and number of pages."""
+    model: ModelConfig, parallel: ParallelConfig, engine: EngineSection, stage: int, dtype: str, device: torch.device
+) -> tuple[range, AttentionQuery, AttentionChoice]:
+    """This rank's layers, what it asks of an attention backend, and the one it would take."""
     check_layout(model, parallel)
     layers = stage_layers(model, parallel)[stage]
-    attention = select_backend(
-        attention_query(
-            model, tp=parallel.tp, block_size=engine.block_size, dtype=getattr(torch, dtype), device=device
-        ),
-        setting=engine.attention,
-        environment=os.environ.get(ENVIRONMENT_VARIABLE, ""),
+    query = attention_query(
+        model, tp=parallel.tp, block_size=engine.block_size, dtype=getattr(torch, dtype), device=device
     )
-    blocks = num_kv_blocks(
-        model, engine, layers=layers, parallel=parallel, dtype=dtype, available_bytes=available_bytes
-    )
-    return layers, attention, blocks
+    choice = select_backend(query, setting=engine.attention, environment=os.environ.get(ENVIRONMENT_VARIABLE, ""))
+    return layers, query, choice
+
+
+def _as_leader(own: AttentionChoice, query: AttentionQuery, name: str, block_size: int) -> AttentionChoice:
+    """What the replica's leader chose, on this rank: all ranks of a replica compute alike and have the same pages."""
+    if (own.backend.name, own.block_size) == (name, block_size):
+        return own
+    try:
+        return select_backend(dataclasses.replace(query, block_size=block_size), setting=name)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{platform.node()} cannot compute attention as the leader of its replica does, with {name} and pages of "
+            f"{block_size} tokens",
+            found=error.found, fix=f"give all nodes the same packages and GPUs, or set engine.attention = {own.backend.name!r}",
+        ) from error
 
 
 def stage_layers(model: ModelConfig, parallel: ParallelConfig) -> list[range]:
