@@ -79,7 +79,7 @@ class AttentionBackend(ABC):
     capturable: bool = False
     """`forward` of a microbatch of decodes alone (every entry one token) depends on device tensors and static shapes, never waits
     for the device, and takes the host's numbers for upper bounds: it can be captured in a CUDA graph. Padding entries of a captured
-    step have a sequence length of 1 and page 0, which no sequence owns."""
+    step have a sequence length of 1 and page 0, which no sequence owns. The metadata's scratch must be empty when capture begins."""
 
     @abstractmethod
     def refuses(self, query: AttentionQuery) -> str | None:
