@@ -46,12 +46,26 @@ class AttentionQuery:
     device_type: str
     """`cpu` or `cuda`."""
     dtype: torch.dtype
+    """Of queries, and of the output."""
     head_dim: int
     num_heads: int
+    """Query heads of this rank."""
     num_kv_heads: int
-    block_size: int
+    """Key/value heads of this rank."""
+    block_size: int = 0
+    """Tokens in a page. 0: what the backend prefers."""
     capability: tuple[int, int] | None = None
     """CUDA compute capability, None without a GPU."""
+    cuda_version: tuple[int, int] | None = None
+    """Of the CUDA that torch was built with, None in a build without it."""
+    hip: bool = False
+    """The GPU is an AMD one: torch calls its devices `cuda` too."""
+    packages: frozenset[str] = frozenset()
+    """Which of `registry.PACKAGES` can be found here."""
+    kv_dtype: torch.dtype | None = None
+    """Of the pages. None: as the queries."""
+    latent_kv: bool = False
+    """A token has one latent vector for all heads in place of keys and values (MLA)."""
     sliding_window: bool = False
     softcap: bool = False
     sinks: bool = False
@@ -63,12 +77,20 @@ class AttentionBackend(ABC):
     name: str
     """Its name in settings, upper case."""
     capturable: bool = False
-    """`forward` of a microbatch of decodes depends on device tensors and shapes alone, host numbers being upper bounds, and never
-    waits for the device: it can be captured in a CUDA graph."""
+    """`forward` of a microbatch of decodes alone (every entry one token) depends on device tensors and static shapes, never waits
+    for the device, and takes the host's numbers for upper bounds: it can be captured in a CUDA graph. Padding entries of a captured
+    step have a sequence length of 1 and page 0, which no sequence owns. The metadata's scratch must be empty when capture begins."""
 
     @abstractmethod
     def refuses(self, query: AttentionQuery) -> str | None:
-        """The first condition of `query` that the backend does not meet, in words; None when it meets all."""
+        """The first condition of `query` that the backend does not meet, in words; None when it meets all. Imports nothing."""
+
+    def preferred_block_size(self, query: AttentionQuery) -> int:
+        """Tokens in a page where the job leaves it open."""
+        return 16
+
+    def prepare(self, query: AttentionQuery) -> None:
+        """Import what `forward` needs. Called once, when the backend has been chosen. Raises ImportError."""
 
     @abstractmethod
     def kv_layout(self, block_size: int, num_kv_heads: int, head_dim: int) -> KvLayout:
@@ -111,7 +133,16 @@ class AttentionBackend(ABC):
 def refuse_features(
     query: AttentionQuery, *, window: bool = False, softcap: bool = False, sinks: bool = False
 ) -> str | None:
-    """The part of `refuses` that all backends share: which features beyond plain attention a backend has."""
+    """The part of `refuses` that all backends share: what none has, and which features beyond plain attention this one has."""
+    if query.hip:
+        return (
+            "AMD/ROCm not supported: GPUs exchange tensors by NCCL through CuPy's CUDA build, and no kernel here has been run on an AMD GPU"
+        )
+    if query.kv_dtype is not None and query.kv_dtype != query.dtype:
+        kind = "FP8 K/V" if query.kv_dtype.itemsize == 1 else f"K/V in {dtype_name(query.kv_dtype)}"
+        return f"{kind} not supported: pages hold the model's dtype, and no kernel here applies a scale to what it reads"
+    if query.latent_kv:
+        return "MLA not supported: a page holds a key and a value of every key/value head, not one latent vector for all"
     if query.num_heads % query.num_kv_heads:
         return f"{query.num_heads} query heads over {query.num_kv_heads} key/value heads"
     for name, wanted, has in (
@@ -122,3 +153,26 @@ def refuse_features(
         if wanted and not has:
             return f"{name} not supported"
     return None
+
+
+def refuse_device(
+    query: AttentionQuery, *, capability: tuple[int, int], dtypes: tuple[torch.dtype, ...]
+) -> str | None:
+    """The part of `refuses` that backends for GPUs share: an NVIDIA GPU of this compute capability or a higher one, and a dtype."""
+    if query.device_type != "cuda" or query.capability is None:
+        return "needs an NVIDIA GPU"
+    if query.capability < capability:
+        return f"needs compute capability {version(capability)} or higher, this GPU has {version(query.capability)}"
+    if query.dtype not in dtypes:
+        return f"{dtype_name(query.dtype)} not supported (only {', '.join(map(dtype_name, dtypes))})"
+    return None
+
+
+def version(numbers: tuple[int, ...]) -> str:
+    """(9, 0) -> "9.0"."""
+    return ".".join(map(str, numbers))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch.bfloat16 -> "bfloat16"."""
+    return str(dtype).removeprefix("torch.")

@@ -82,6 +82,11 @@ class AttentionMetadata:
         """R."""
         return len(self.host_query_lens)
 
+    @property
+    def only_decodes(self) -> bool:
+        """Every entry has one token: token r is that of entry r."""
+        return self.num_decodes == self.num_entries
+
 
 def build_metadata(
     microbatch: MicroBatch, block_size: int, device: torch.device, *, lane: int = 0

@@ -21,7 +21,8 @@ from hpcinfer.comm.bootstrap import World
 from hpcinfer.config.job import EngineSection
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.config.parallel import ParallelConfig
-from hpcinfer.engine.build import ReplicaPlan, build_replica, plan_replica
+from hpcinfer.engine.build import build_replica
+from hpcinfer.engine.replica_plan import ReplicaPlan, plan_replica
 from hpcinfer.engine.memory import available_bytes
 from hpcinfer.engine.replica import Replica
 from hpcinfer.errors import CheckpointError, ConfigError

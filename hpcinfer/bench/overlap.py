@@ -31,7 +31,8 @@ from hpcinfer.comm.communicator import Communicator
 from hpcinfer.config.job import EngineSection
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.config.parallel import ParallelConfig
-from hpcinfer.engine.build import build_replica, plan_replica
+from hpcinfer.engine.build import build_replica
+from hpcinfer.engine.replica_plan import plan_replica
 from hpcinfer.engine.replica import Replica
 from hpcinfer.errors import UsageError
 from hpcinfer.launch.host_memory import available_host_bytes

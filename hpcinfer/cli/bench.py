@@ -3,6 +3,7 @@
     hpcinfer bench generate --model qwen3-0.6b-32k --workload W1 --dtype bfloat16
     hpcinfer bench data --rows 1000000
     hpcinfer bench overlap --rate-gbit 1
+    hpcinfer bench attention --contexts 1024,8192 --sequences 1,64
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     generate.add_argument("--repeats", type=int, default=1, help="runs after the warm-up; the median counts (default: %(default)s)")
     generate.add_argument("--attention", default="auto", help="attention backend (default: %(default)s)")
     _configure_overlap(benchmarks.add_parser("overlap", help="what hiding communication is worth: tp2 and pp2 on two ranks"))
+    _configure_attention(benchmarks.add_parser("attention", help="attention alone: decode against bandwidth, prefill against the matrix rate"))
     data = benchmarks.add_parser("data", help="rows through everything but the model")
     data.add_argument("--rows", type=int, default=100_000, help="prompts (default: %(default)s)")
     data.add_argument("--model", default="datasets/demo-model", help="folder with the tokenizer (default: %(default)s)")
@@ -53,9 +55,39 @@ def _configure_overlap(overlap: argparse.ArgumentParser) -> None:
     overlap.add_argument("--link-used", default="", help=argparse.SUPPRESS)
 
 
+def _configure_attention(attention: argparse.ArgumentParser) -> None:
+    # Names and defaults are those of bench.attention.AttentionOptions (a test compares them).
+    attention.add_argument("--backends", default="auto", help="names, separated by commas; auto; or all that do not refuse (default: %(default)s)")
+    attention.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: %(default)s, a GPU where there is one")
+    attention.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="default: %(default)s")
+    attention.add_argument("--heads", type=int, default=32, help="query heads (default: %(default)s)")
+    attention.add_argument("--kv-heads", type=int, default=8, help="key/value heads (default: %(default)s)")
+    attention.add_argument("--head-dim", type=int, default=128, help="default: %(default)s")
+    attention.add_argument("--block-size", type=int, default=0, help="tokens in a page (default: what the backend prefers)")
+    attention.add_argument("--window", type=int, default=0, help="sliding window in tokens (default: none)")
+    attention.add_argument("--sinks", action="store_true", help="with attention sinks")
+    attention.add_argument("--contexts", default="1024,8192,65536", help="tokens of a sequence in decode, separated by commas (default: %(default)s)")
+    attention.add_argument("--sequences", default="1,16,64,256", help="sequences that decode at once (default: %(default)s)")
+    attention.add_argument("--prefill", default="2048,8192", help="tokens of a prompt in prefill (default: %(default)s)")
+    attention.add_argument("--repeats", type=int, default=20, help="timed calls; medians count (default: %(default)s)")
+
+
 def execute(args: argparse.Namespace) -> int:
     """Runs the benchmark. Returns the exit code."""
-    return {"generate": _generate, "data": _data, "overlap": _overlap}[args.benchmark](args)
+    run = {"generate": _generate, "data": _data, "overlap": _overlap, "attention": _attention}
+    return run[args.benchmark](args)
+
+
+def _attention(args: argparse.Namespace) -> int:
+    import json
+
+    from hpcinfer.bench.attention import AttentionOptions, run_attention, table
+
+    options = {name: value for name, value in vars(args).items() if name != "benchmark"}
+    figures = run_attention(AttentionOptions(**options))
+    print(table(figures))
+    print(json.dumps(figures))
+    return ExitCode.DONE
 
 
 def _overlap(args: argparse.Namespace) -> int:

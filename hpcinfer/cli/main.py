@@ -42,6 +42,7 @@ VERBS: dict[str, Verb] = {
     "merge": Verb("hpcinfer.cli.merge", "merge the segments of a run into generations.h5"),
     "export": Verb("hpcinfer.cli.export", "generations to JSON Lines"),
     "inspect": Verb("hpcinfer.cli.inspect", "what is in a file of prompts or generations, or in a run directory"),
+    "attention": Verb("hpcinfer.cli.attention", "which attention backend this machine uses for a model, and why not another"),
     "trace": Verb("hpcinfer.cli.trace", "what every rank of a run did when: a table, and a file for Perfetto"),
     "bench": Verb("hpcinfer.cli.bench", "measure this machine and this program"),
 }

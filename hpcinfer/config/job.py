@@ -66,9 +66,9 @@ class EngineSection:
     """Where ranks compute: cuda (each rank a GPU of its own, by its number on the node), cpu, or auto: GPUs where all ranks have
     one. Default auto."""
     attention: str = "auto"
-    """Attention backend by name, or auto. Default auto."""
-    block_size: int = 16
-    """Tokens in a page of the K/V cache. Default 16."""
+    """Attention backend by name (`hpcinfer attention` lists them), or auto. Default auto."""
+    block_size: int = 0
+    """Tokens in a page of the K/V cache. Default 0: what the attention backend prefers, 16 on CPU."""
     kv_memory: str = "auto"
     """Memory for keys and values on each rank, such as "4 GiB"; auto takes a share of what is free. Default auto."""
     kv_memory_share: float = 0.0
@@ -93,9 +93,11 @@ class EngineSection:
         for name in ("graphs", "run_ahead"):
             if getattr(self, name) not in SWITCH:
                 raise ConfigError(f"engine.{name} = {getattr(self, name)!r}", fix=f"give one of {', '.join(SWITCH)}")
-        for name in ("block_size", "max_batch_tokens", "max_sequences"):
+        for name in ("max_batch_tokens", "max_sequences"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"engine.{name} = {getattr(self, name)}", fix="give 1 or more")
+        if self.block_size < 0:
+            raise ConfigError(f"engine.block_size = {self.block_size}", fix="give 0 (what the attention backend prefers) or more")
         if self.max_context < 0:
             raise ConfigError(f"engine.max_context = {self.max_context}", fix="give 0 (what the model allows) or more")
         if not 0 <= self.kv_memory_share <= 0.98:

@@ -12,7 +12,8 @@ from hpcinfer.config.job import EngineSection
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.config.parallel import ParallelConfig
 from hpcinfer.data.tokenize import Tokenizer
-from hpcinfer.engine.build import build_replica, plan_replica
+from hpcinfer.engine.build import build_replica
+from hpcinfer.engine.replica_plan import plan_replica
 from hpcinfer.engine.memory import available_bytes
 from hpcinfer.engine.outcome import failed_generation, generation_of
 from hpcinfer.engine.profile import meter_of

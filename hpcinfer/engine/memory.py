@@ -49,6 +49,7 @@ def num_kv_blocks(
     *,
     layers: range,
     parallel: ParallelConfig,
+    block_size: int,
     dtype: str,
     available_bytes: int,
     device_type: str = "cpu",
@@ -58,6 +59,7 @@ def num_kv_blocks(
     Args:
         layers: of this rank's stage.
         parallel: sizes of the axes.
+        block_size: tokens in a page, as chosen with the attention backend.
         dtype: of weights and pages.
         available_bytes: memory free for this rank before its weights are loaded.
         device_type: cpu or cuda.
@@ -66,7 +68,7 @@ def num_kv_blocks(
         ConfigError: weights do not fit, or no sequence of the asked length would fit into the pages.
     """
     dtype_bytes, tp, ep = DTYPE_BYTES[dtype], parallel.tp, parallel.ep
-    page_bytes = kv_bytes_per_token(model, len(layers), tp, dtype_bytes) * engine.block_size
+    page_bytes = kv_bytes_per_token(model, len(layers), tp, dtype_bytes) * block_size
     weights = weight_bytes(model, layers, tp, dtype_bytes, ep=ep)
     working = activation_bytes(
         model, engine.max_batch_tokens, tp, dtype_bytes, ep=ep,
@@ -85,17 +87,25 @@ def num_kv_blocks(
             fix="raise parallel.tp or parallel.pp, lower engine.max_batch_tokens, or start fewer ranks a node",
         )
     return fit_blocks(
-        model, engine, page_bytes=page_bytes, free_bytes=free, device_type=device_type,
+        model, engine, block_size=block_size, page_bytes=page_bytes, free_bytes=free, device_type=device_type,
         spent=f"weights of {format_bytes(weights)} and {format_bytes(working)} of working space",
     )
 
 
 def fit_blocks(
-    model: ModelConfig, engine: EngineSection, *, page_bytes: int, free_bytes: int, device_type: str, spent: str
+    model: ModelConfig,
+    engine: EngineSection,
+    *,
+    block_size: int,
+    page_bytes: int,
+    free_bytes: int,
+    device_type: str,
+    spent: str,
 ) -> int:
     """Pages, page 0 included, in what is free.
 
     Args:
+        block_size: tokens in a page.
         page_bytes: of a page in all layers of the rank.
         free_bytes: after everything else.
         device_type: cpu or cuda.
@@ -112,15 +122,15 @@ def fit_blocks(
             found=f"{format_bytes(free_bytes)} free after {spent}",
             fix=f"give at most {format_bytes(free_bytes)}, or auto",
         )
-    longest = -(-context_limit(model, engine) // engine.block_size)
+    longest = -(-context_limit(model, engine) // block_size)
     blocks = min(int(asked // page_bytes), longest * engine.max_sequences)
     needed = longest if engine.max_context else 1
     if blocks < needed:
         raise ConfigError(
             "no memory for the keys and values"
             + (f" of one sequence of engine.max_context = {engine.max_context} tokens" if engine.max_context else ""),
-            found=f"{format_bytes(asked)} hold {blocks * engine.block_size} tokens at {format_bytes(page_bytes / engine.block_size)} a token",
+            found=f"{format_bytes(asked)} hold {blocks * block_size} tokens at {format_bytes(page_bytes / block_size)} a token",
             fix=f"raise engine.kv_memory to {format_bytes(needed * page_bytes)} or more, raise parallel.tp or parallel.pp"
-            + (f", or lower engine.max_context to {blocks * engine.block_size}" if blocks and engine.max_context else ""),
+            + (f", or lower engine.max_context to {blocks * block_size}" if blocks and engine.max_context else ""),
         )
     return blocks + 1

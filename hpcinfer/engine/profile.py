@@ -102,7 +102,7 @@ def profiled_limits(
     pages_of_step = page_bytes * _num_blocks(step, limits)
     free = meter.free_bytes() - (peak - pages_of_step)
     blocks = fit_blocks(
-        model.config, engine, page_bytes=page_bytes, free_bytes=max(free, 0), device_type=model.device.type,
+        model.config, engine, block_size=limits.block_size, page_bytes=page_bytes, free_bytes=max(free, 0), device_type=model.device.type,
         spent=f"weights and {format_bytes(peak - pages_of_step)} of working space, measured",
     )
     if engine.kv_memory != "auto":

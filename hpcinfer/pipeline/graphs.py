@@ -151,6 +151,8 @@ class DecodeGraphs:
         inputs = [memory.of(bucket, n) for memory, bucket, n in zip(self._memory, key, rows, strict=False)]
 
         def forward() -> list[torch.Tensor]:
+            for each in inputs:
+                each.metadata.scratch.clear()  # what is worked out from lengths belongs into the capture
             return interleave([self._model.forward(each, self._kv) for each in inputs])
 
         for _ in range(_WARMUPS):  # kernels are compiled and connections made before anything is captured

@@ -15,7 +15,8 @@ from hpcinfer.config.job import JobConfig
 from hpcinfer.data.ledger.budgets import record_budget
 from hpcinfer.data.ledger.run_directory import RunDirectory, open_existing
 from hpcinfer.data.ledger.status import read_status
-from hpcinfer.engine.build import ReplicaPlan, build_replica, plan_replica
+from hpcinfer.engine.build import build_replica
+from hpcinfer.engine.replica_plan import ReplicaPlan, plan_replica
 from hpcinfer.engine.memory import available_bytes
 from hpcinfer.engine.profile import meter_of
 from hpcinfer.errors import ResumableError

@@ -17,7 +17,7 @@ from hpcinfer.data.prompts.reader import PromptsReader, open_prompts
 from hpcinfer.data.ledger.budgets import read_budget
 from hpcinfer.data.ledger.run_directory import RunIdentity, create_or_open
 from hpcinfer.data.tokenize import Tokenizer
-from hpcinfer.engine.build import ReplicaPlan
+from hpcinfer.engine.replica_plan import ReplicaPlan
 from hpcinfer.engine.memory import context_limit
 from hpcinfer.layers.experts import check_packed
 from hpcinfer.launch.env import LaunchEnvironment

@@ -19,7 +19,8 @@ from hpcinfer.config.job import EngineSection
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.config.parallel import ParallelConfig
 from hpcinfer.engine import worker as worker_module
-from hpcinfer.engine.build import build_replica, plan_replica, stage_layers
+from hpcinfer.engine.build import build_replica
+from hpcinfer.engine.replica_plan import plan_replica, stage_layers
 from hpcinfer.launch.report import Place, run_as_rank
 from hpcinfer.models.checkpoint import Checkpoint
 from hpcinfer.models.footprint import kv_bytes_per_token

@@ -22,7 +22,7 @@ from hpcinfer.attention.naive import NaiveBackend
 from hpcinfer.comm.bootstrap import World, start_world
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.config.parallel import ParallelConfig
-from hpcinfer.engine.build import stage_layers
+from hpcinfer.engine.replica_plan import stage_layers
 from hpcinfer.errors import CheckpointError
 from hpcinfer.launch.process import die_with_parent
 from hpcinfer.launch.report import Place, run_as_rank

@@ -25,7 +25,8 @@ from hpcinfer.config.job import EngineSection
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.config.parallel import ParallelConfig
 from hpcinfer.engine import worker as worker_module
-from hpcinfer.engine.build import build_replica, plan_replica
+from hpcinfer.engine.build import build_replica
+from hpcinfer.engine.replica_plan import plan_replica
 from hpcinfer.engine.replica import Replica
 from hpcinfer.launch.process import die_with_parent
 from hpcinfer.launch.report import Place, run_as_rank

@@ -19,9 +19,9 @@ MODEL = ModelConfig(
 GIB = 2**30
 
 
-def blocks(available_bytes=GIB, tp=1, layers=range(4), **engine) -> int:
+def blocks(available_bytes=GIB, tp=1, layers=range(4), block_size=16, **engine) -> int:
     return num_kv_blocks(
-        MODEL, EngineSection(**engine), layers=layers, parallel=ParallelConfig(tp=tp), dtype="float32",
+        MODEL, EngineSection(**engine), layers=layers, parallel=ParallelConfig(tp=tp), block_size=block_size, dtype="float32",
         available_bytes=available_bytes,
     )
 

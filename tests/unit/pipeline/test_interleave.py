@@ -249,7 +249,7 @@ def stage_step(bounds, token_s, byte_s) -> tuple[float, FakeCommunicator]:
     link = FakeCommunicator(clock, duration, on_issue=computation)
     config = ModelConfig.from_dict(CONFIG)
     query = attention_query(config, tp=2, block_size=8, dtype=torch.float32, device=CPU)
-    backend = select_backend(query, setting="naive")
+    backend = select_backend(query, setting="naive").backend
     model = model_class(config)(
         config, layers=range(LAYERS), axes=StageAxes(tp=link), backend=backend, dtype=torch.float32, device=CPU
     )
