@@ -18,13 +18,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     generate = benchmarks.add_parser("generate", help="generation speed of one replica on a fixed workload")
     # Names and defaults are those of bench.generate.GenerateOptions (a test compares them); torch is not loaded for --help.
-    generate.add_argument("--model", default="small", help="checkpoint folder, config.json or dimensions by name (default: %(default)s)")
-    generate.add_argument("--workload", default="W1", help="W1, W2 or W3 (default: %(default)s)")
+    generate.add_argument("--model", default="small", help="checkpoint folder, config.json or dimensions by name: small, qwen3-0.6b, qwen3-0.6b-32k, llama-3.1-8b, gpt-oss-20b, gpt-oss-20b-mxfp4 (default: %(default)s)")
+    generate.add_argument("--workload", default="W1", help="W1, W2, W3, chat, or INxOUT tokens such as 1000x1000 (default: %(default)s)")
+    generate.add_argument("--prompts", type=int, default=0, help="number of prompts (default: the workload's)")
+    generate.add_argument("--sequences", type=int, default=0, help="sequences in work at once (default: all prompts, at most 512)")
+    generate.add_argument("--batch-tokens", type=int, default=2048, help="tokens of a step (default: %(default)s)")
     generate.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="default: %(default)s")
+    generate.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: %(default)s, GPUs where there are any")
     generate.add_argument("--tp", type=int, default=1, help="tensor parallel ranks (default: %(default)s)")
     generate.add_argument("--pp", type=int, default=1, help="pipeline stages (default: %(default)s)")
     generate.add_argument("--repeats", type=int, default=1, help="runs after the warm-up; the median counts (default: %(default)s)")
     generate.add_argument("--attention", default="auto", help="attention backend (default: %(default)s)")
+    generate.add_argument("--experts", default="unpacked", choices=("unpacked", "packed"), help="MXFP4 experts in memory (default: %(default)s)")
+    generate.add_argument("--graphs", default="auto", choices=("auto", "on", "off"), help="capture decode steps (default: %(default)s)")
+    generate.add_argument("--run-ahead", default="auto", choices=("auto", "on", "off"), help="queue steps before tokens are known (default: %(default)s)")
+    generate.add_argument("--against", default="", choices=("", "transformers"), help="compare with generate of transformers in the same run")
     _configure_overlap(benchmarks.add_parser("overlap", help="what hiding communication is worth: tp2 and pp2 on two ranks"))
     _configure_attention(benchmarks.add_parser("attention", help="attention alone: decode against bandwidth, prefill against the matrix rate"))
     data = benchmarks.add_parser("data", help="rows through everything but the model")
@@ -153,8 +161,8 @@ def _generate(args: argparse.Namespace) -> int:
     from hpcinfer.launch.report import run_as_rank
     from hpcinfer.launch.start import start_ranks
 
-    if min(args.tp, args.pp, args.repeats) < 1:
-        raise UsageError("--tp, --pp and --repeats are 1 or more")
+    if min(args.tp, args.pp, args.repeats, args.batch_tokens) < 1 or min(args.prompts, args.sequences) < 0:
+        raise UsageError("--tp, --pp, --repeats and --batch-tokens are 1 or more, --prompts and --sequences 0 or more")
     environment = LaunchEnvironment.from_environ()
     if environment.launcher == "none" and args.tp * args.pp > 1:
         start_ranks(args.tp * args.pp, sys.argv[1:])
@@ -175,6 +183,7 @@ def _run(args: argparse.Namespace, environment, place) -> int:
         print(
             f"{figures['workload']} on {figures['model']} ({figures['dtype']}, {figures['ranks']} ranks): "
             f"{figures['output_tokens_per_s']:.1f} output tokens/s"
+            + (f", transformers {figures['transformers']['output_tokens_per_s']:.1f}" if options["against"] else "")
         )
         print(json.dumps(figures))
     return ExitCode.DONE
