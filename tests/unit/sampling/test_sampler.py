@@ -24,9 +24,8 @@ def request(row: int, **sampling) -> Request:
 def filtered(logits: torch.Tensor, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> torch.Tensor:
     rows = len(logits)
     return probabilities(
-        logits,
-        torch.full((rows,), temperature, dtype=torch.float64), torch.full((rows,), top_k),
-        torch.full((rows,), top_p, dtype=torch.float64), torch.full((rows,), min_p, dtype=torch.float64),
+        logits, temperature=np.full(rows, temperature), top_k=np.full(rows, top_k), top_p=np.full(rows, top_p),
+        min_p=np.full(rows, min_p),
     )
 
 
