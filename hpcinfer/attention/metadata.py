@@ -67,6 +67,8 @@ class AttentionMetadata:
     """T in every lane."""
     shared: SharedTokens | None
     """None where no lane needs keys and values of another."""
+    valid: torch.Tensor | None = None
+    """bool [T]: False for tokens of padding (a captured step's), which are sent to no expert. None: there is no padding."""
     scratch: dict[Any, Any] = dataclasses.field(default_factory=dict)
     """What a backend works out once for the microbatch and uses in every layer; keyed by the backend's name first."""
 

@@ -13,7 +13,7 @@ import torch
 from hpcinfer.attention.sdpa import SdpaBackend
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.errors import CheckpointError
-from hpcinfer.layers.mxfp4 import unpack
+from hpcinfer.kernels.mxfp4 import unpack
 from hpcinfer.models.random_weights import fill_random
 from hpcinfer.models.weights import Checkpoint
 from hpcinfer.runner.summary import expert_balance
