@@ -14,9 +14,9 @@ from hpcinfer.attention.base import AttentionBackend, AttentionSpec
 from hpcinfer.attention.metadata import AttentionMetadata
 from hpcinfer.comm.communicator import FinishedHandle, Handle
 from hpcinfer.config.model import ModelConfig
+from hpcinfer.kernels.rotary import RotaryTables, norm_rotate, norm_rotate_write
 from hpcinfer.layers.linear import QkvParallelLinear, RowParallelLinear
 from hpcinfer.layers.norm import QkNorm
-from hpcinfer.layers.rotary import RotaryTables, rotate
 from hpcinfer.layers.shard import check_shape
 from hpcinfer.parallel.axes import StageAxes
 from hpcinfer.parallel.segments import Segments
@@ -86,8 +86,10 @@ class Attention:
         """x [P, D], the rotary tables, the layer's pages -> [P, D]. Collective: see the class."""
         x = yield from self._stream.gather(x, metadata.num_tokens, label=f"layer {self._layer} qkv")
         if metadata.shared is None:
-            q, k, v = self._project(x, rotary)
-            self._backend.write(k, v, *cache, metadata.slot_mapping)
+            q, k, v = norm_rotate_write(
+                self.qkv.forward(x), self.spec.num_heads, self.qk_norm and self.qk_norm.of_qk, rotary,
+                cache, metadata.slot_mapping, self._backend.write,
+            )
             if self._sp.size > 1 and metadata.is_prefill:
                 # Takes the turn of the gather: the other part of the step may have one, and must not be overtaken.
                 yield FinishedHandle(v, f"layer {self._layer} kv")
@@ -96,19 +98,6 @@ class Attention:
         attended = self._backend.forward(q, k, v, *cache, metadata, self.spec)
         y = yield from self.o.forward(attended.flatten(1))
         return y
-
-    def _project(
-        self, x: torch.Tensor, rotary: RotaryTables
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x [T, D] -> q [T, N, H], k and v [T, K, H]."""
-        num_heads, num_rotated = self.spec.num_heads, self.spec.num_heads + self.spec.num_kv_heads
-        qkv = self.qkv.forward(x)
-        qk, v = qkv[:, :num_rotated], qkv[:, num_rotated:]
-        if self.qk_norm is not None:
-            qk = self.qk_norm.forward(qk)
-        if rotary is not None:
-            qk = rotate(qk, *rotary)
-        return qk[:, :num_heads], qk[:, num_heads:], v
 
     def _project_shared(
         self,
@@ -124,17 +113,10 @@ class Attention:
         shared, num_kv_heads = metadata.shared, self.spec.num_kv_heads
         kv = self.qkv.forward_kv(x)
         k, v = kv[:, :num_kv_heads], kv[:, num_kv_heads:]
-        if self.qk_norm is not None:
-            k = self.qk_norm.forward_k(k)
-        if rotary is not None:
-            k = rotate(k, *rotary)
+        k = norm_rotate(k, self.qk_norm and self.qk_norm.of_k, rotary)
         mine = pad_rows(torch.cat((k[: shared.own], v[: shared.own]), dim=1), max(shared.lens))
         gathering = self._sp.all_gather(mine, label=f"layer {self._layer} kv")
-        q = self.qkv.forward_q(x)
-        if self.qk_norm is not None:
-            q = self.qk_norm.forward_q(q)
-        if rotary is not None:
-            q = rotate(q, *rotary)
+        q = norm_rotate(self.qkv.forward_q(x), self.qk_norm and self.qk_norm.of_q, rotary)
         self._backend.write(k[shared.own :], v[shared.own :], *cache, metadata.slot_mapping[shared.own :])
         gathered = yield gathering
         everyone = gathered[shared.rows]  # [X, 2K, H]

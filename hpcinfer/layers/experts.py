@@ -1,7 +1,7 @@
 """The experts that a rank holds: gated MLPs, computed for the tokens that are sent to them.
 
-Shape letters: T tokens, M (token, expert) pairs that this rank computes, D model, k experts of a token, E experts of
-the model, L of them on this rank, I intermediate size of an expert on this rank.
+Shape letters: T tokens, D model, k experts of a token, E experts of the model, L of them on this rank, I intermediate size
+of an expert on this rank.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ import torch
 
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.errors import ConfigError
-from hpcinfer.layers.mlp import ACTIVATIONS
-from hpcinfer.layers.mxfp4 import BLOCK_BYTES, BLOCK_VALUES, unpack
+from hpcinfer.kernels.experts import ExpertWeights, expert_outputs
+from hpcinfer.kernels.gate import Gate
+from hpcinfer.kernels.mxfp4 import BLOCK_BYTES, BLOCK_VALUES
 from hpcinfer.layers.shard import check_shape, copy_shard, part_range, part_size
 from hpcinfer.parallel.expert import expert_range
-
-# Gain of the sigmoid in gpt-oss's gating.
-_SWIGLU_ALPHA = 1.702
 
 
 class Experts:
@@ -55,9 +53,6 @@ class Experts:
         self.dtype = dtype
         self._whole = (config.num_experts, config.expert_size, config.hidden_size)
         self._columns = part_range(config.expert_size, slices, slice_rank)
-        self._spread = ranks > 1
-        self._activate = ACTIVATIONS[config.hidden_act]
-        self._limit = config.swiglu_limit
 
         def zeros(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
             return torch.zeros(self.num_local, *shape, dtype=of, device=device)
@@ -77,6 +72,13 @@ class Experts:
             """[L, D, I]."""
         self.gate_up_bias = zeros(2 * self.size) if config.expert_bias else None
         self.down_bias = zeros(hidden) if config.expert_bias and slice_rank == 0 else None
+        self._weights = ExpertWeights(
+            num_experts=config.num_experts, first=self.first, num_local=self.num_local, size=self.size, hidden=hidden,
+            gate_up=self.gate_up if self.packed is None else self.packed["gate_up"],
+            down=self.down if self.packed is None else self.packed["down"],
+            gate_up_bias=self.gate_up_bias, down_bias=self.down_bias,
+            gate=Gate(activation=config.hidden_act, limit=config.swiglu_limit),
+        )
 
     # -- loading: `expert` is a number in the whole model, of one that is here ---------------------------------------
 
@@ -122,8 +124,6 @@ class Experts:
         check_shape(full, (size, hidden), "expert weight")
         copy_shard(self.gate_up[expert - self.first].narrow(0, offset, self.size), full, 0, *self._columns)
 
-    # -- computing ---------------------------------------------------------------------------------------------------
-
     def forward(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The weighted sum of the outputs of the experts that are here, zero for a token that is sent to none of them.
 
@@ -135,65 +135,7 @@ class Experts:
         Returns:
             [T, D] in x's dtype, summed in float32 and rounded once.
         """
-        pairs, counts = self._sort_pairs(ids)
-        tokens = pairs // ids.shape[1]
-        out = self._compute(x.index_select(0, tokens), counts)
-        out = out.to(weights.dtype) * weights.reshape(-1)[pairs, None]
-        total = torch.zeros(x.shape, dtype=weights.dtype, device=x.device)
-        return total.index_add_(0, tokens, out).to(x.dtype)
-
-    def _sort_pairs(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-        """The pairs of this rank's experts, sorted by expert: int64 [M] into ids.flatten(), and how many each has."""
-        local = ids.reshape(-1) - self.first
-        pairs = None
-        if self._spread:
-            pairs = ((local >= 0) & (local < self.num_local)).nonzero()[:, 0]
-            local = local[pairs]
-        order = torch.argsort(local, stable=True)
-        counts = torch.bincount(local, minlength=self.num_local).tolist()
-        return (order if pairs is None else pairs[order]), counts
-
-    def _compute(self, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        """x [M, D] sorted by expert -> [M, D]. One matmul a projection for each expert with tokens."""
-        inner = _grouped(x, counts, 2 * self.size, self._weight_of("gate_up"), self.gate_up_bias)
-        gate, up = inner.split(self.size, dim=-1)
-        if self._limit:
-            gated = _clamped_gate(gate, up, self._limit)
-        else:
-            gated = self._activate(gate).mul_(up)
-        return _grouped(gated, counts, self._whole[2], self._weight_of("down"), self.down_bias)
-
-    def _weight_of(self, part: str) -> Callable[[int], torch.Tensor]:
-        """Local number -> that expert's matrix."""
-        if self.packed is None:
-            return (self.gate_up if part == "gate_up" else self.down).__getitem__
-        blocks, scales = self.packed[part]
-        return lambda expert: unpack(blocks[expert], scales[expert], self.dtype)
-
-
-def _grouped(
-    x: torch.Tensor, counts: list[int], size: int, weight: Callable[[int], torch.Tensor], bias: torch.Tensor | None
-) -> torch.Tensor:
-    """x [M, in], the next counts[e] rows with weight(e) [size, in] and bias[e] -> [M, size]."""
-    out = torch.empty(x.shape[0], size, dtype=x.dtype, device=x.device)
-    start = 0
-    for expert, count in enumerate(counts):
-        if not count:
-            continue
-        rows, target = x[start : start + count], out[start : start + count]
-        if bias is None:
-            torch.mm(rows, weight(expert).t(), out=target)
-        else:
-            torch.addmm(bias[expert], rows, weight(expert).t(), out=target)
-        start += count
-    return out
-
-
-def _clamped_gate(gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
-    """gpt-oss: (up + 1) * gate * sigmoid(alpha * gate), both clamped. 0 where gate is 0, so padding adds nothing."""
-    gate = gate.clamp(max=limit)
-    up = up.clamp(-limit, limit)
-    return (up + 1) * (gate * torch.sigmoid(gate * _SWIGLU_ALPHA))
+        return expert_outputs(x, ids, weights, self._weights)
 
 
 def _packed_zeros(zeros: Callable[..., torch.Tensor], rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:

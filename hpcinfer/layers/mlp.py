@@ -5,26 +5,14 @@ Shape letters: T tokens, P of them on this rank, D model, I intermediate size on
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
-import torch.nn.functional as F
 
 from hpcinfer.attention.metadata import AttentionMetadata
 from hpcinfer.config.model import ModelConfig
+from hpcinfer.kernels.gate import ACTIVATIONS, Gate, gate_up_product
 from hpcinfer.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
 from hpcinfer.parallel.segments import Segments
 from hpcinfer.parallel.tensor import TokenStream
-
-# Every one maps 0 to 0, so that padded columns contribute nothing.
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-}
-
 
 class GatedMlp:
     """Gate and up projections as one matmul, down projection with the layer's second reduction.
@@ -46,15 +34,14 @@ class GatedMlp:
             config.intermediate_size, config.hidden_size, bias=config.mlp_bias,
             stream=stream, dtype=dtype, device=device, label=f"layer {layer} down",
         )
-        self._activate = ACTIVATIONS[config.hidden_act]
+        self._gate = Gate(activation=config.hidden_act)
         self._stream = stream
         self._label = f"layer {layer} mlp"
 
     def forward(self, x: torch.Tensor, metadata: AttentionMetadata) -> Segments:
         """x [P, D] -> [P, D]. Collective: one reduction over tp."""
         x = yield from self._stream.gather(x, metadata.num_tokens, label=self._label)
-        gate, up = self.gate_up.forward(x).split(self.gate_up.shard_sizes, dim=-1)
-        y = yield from self.down.forward(self._activate(gate).mul_(up))
+        y = yield from self.down.forward(gate_up_product(self.gate_up.forward(x), self._gate))
         return y
 
 

@@ -16,6 +16,7 @@ import torch
 
 from hpcinfer.attention.metadata import AttentionMetadata
 from hpcinfer.config.model import ModelConfig
+from hpcinfer.kernels.routing import count_experts
 from hpcinfer.layers.experts import Experts
 from hpcinfer.layers.router import Router
 from hpcinfer.parallel.axes import StageAxes
@@ -54,7 +55,8 @@ class MoeMlp:
             slice_rank=tp.rank if is_split else 0, dtype=dtype, device=device,
         )
         self.load = torch.zeros(config.num_experts, dtype=torch.int64, device=device)
-        """int64 [E]: tokens sent to each expert since the start. The sum over all ranks counts each token once."""
+        """int64 [E]: tokens sent to each expert since the start, padding not counted. The sum over all ranks counts each token
+        once."""
         self._tp = tp
         self._stream = stream
         self._layer = layer
@@ -70,9 +72,9 @@ class MoeMlp:
             y = yield from self._forward_shares(x, metadata)
             return y
         x = yield from self._stream.gather(x, metadata.num_tokens, label=f"layer {self._layer} mlp")
-        ids, weights = self.router.forward(x)
+        ids, weights = self.router.forward(x, metadata.valid)
         if self._tp.rank == 0:
-            self._count(ids)
+            count_experts(self.load, ids)
         y = self.experts.forward(x, ids, weights)
         y = yield from self._stream.reduce(y, label=f"layer {self._layer} experts")
         return y
@@ -82,8 +84,10 @@ class MoeMlp:
         share = self._stream.shard(x, metadata.num_tokens)
         rows = share_rows(metadata.lane_tokens, self._tp.size)
         own = share[: rows[self._dispatch.ep.rank]]
-        ids, weights = self.router.forward(own)
-        self._count(ids)
+        first = self._tp.rank * shard_rows(metadata.num_tokens, self._tp.size)
+        valid = None if metadata.valid is None else metadata.valid[first : first + len(own)]
+        ids, weights = self.router.forward(own, valid)
+        count_experts(self.load, ids)
         y = yield from self._dispatch.forward(
             own, ids, weights, self.experts.forward, rows=rows, gathered=not metadata.is_prefill
         )
@@ -91,9 +95,6 @@ class MoeMlp:
             pad_rows(y, share.shape[0]), metadata.num_tokens, label=f"layer {self._layer} shares"
         )
         return y
-
-    def _count(self, ids: torch.Tensor) -> None:
-        self.load += torch.bincount(ids.reshape(-1), minlength=len(self.load))
 
 
 def share_rows(lane_tokens: tuple[int, ...], tp: int) -> tuple[int, ...]:

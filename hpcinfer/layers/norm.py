@@ -1,6 +1,7 @@
 """Normalisation: RMSNorm (Zhang and Sennrich 2019) and LayerNorm (Ba et al. 2016).
 
-Replicated on all ranks of the tensor-parallel axis.
+Replicated on all ranks of the tensor-parallel axis. Shape letters: T tokens, N query heads and K key heads of this rank,
+H head dim.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from hpcinfer.kernels.norm import add_rms_norm, rms_norm
+from hpcinfer.kernels.rotary import HeadNorm
 from hpcinfer.layers.shard import check_shape
 
 
@@ -21,6 +24,9 @@ class RmsNorm:
         eps: added to the mean square.
         dtype, device: of the weight.
     """
+
+    wide = False
+    """The weight multiplies before the rounding to x's dtype."""
 
     def __init__(self, size: int, *, eps: float, dtype: torch.dtype, device: torch.device) -> None:
         self.eps = eps
@@ -37,27 +43,17 @@ class RmsNorm:
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., size] -> the same shape and dtype."""
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, wide=self.wide)
+
+    def forward_sum(self, hidden: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden and y [T, size] -> the norm of their sum, and their sum; new tensors."""
+        return add_rms_norm(hidden, y, self.weight, self.eps, wide=self.wide)
 
 
 class WideRmsNorm(RmsNorm):
-    """RMSNorm whose weight multiplies before the rounding to x's dtype, as gpt-oss has it."""
+    """RMSNorm as gpt-oss has it."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        scale = wide.pow(2).mean(-1, keepdim=True).add_(self.eps).rsqrt_()
-        return (wide * scale).mul_(self.weight).to(x.dtype)
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Normalise the last dim of x. `weight` broadcasts against x.
-
-    Statistics are float32, and the result is rounded to x's dtype before the weight multiplies it, as transformers
-    does: another order gives other bfloat16 numbers.
-    """
-    wide = x.float()
-    scale = wide.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
-    return (wide * scale).to(x.dtype).mul_(weight)
+    wide = True
 
 
 class LayerNorm:
@@ -92,6 +88,11 @@ class LayerNorm:
         """x [..., size] -> the same shape and dtype. Statistics are float32."""
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
+    def forward_sum(self, hidden: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden and y [T, size] -> the norm of their sum, and their sum; new tensors."""
+        total = hidden + y
+        return self.forward(total), total
+
 
 class QkNorm:
     """RMSNorm of each query and each key head, with one weight for queries and one for keys (Qwen3), as one operation.
@@ -118,14 +119,17 @@ class QkNorm:
         check_shape(full, tuple(self.weight.shape[1:]), "k_norm weight")
         self.weight[self._num_heads :].copy_(full)
 
-    def forward(self, qk: torch.Tensor) -> torch.Tensor:
-        """qk [T, N + K, H], query heads first -> the same shape."""
-        return rms_norm(qk, self.weight, self.eps)
+    @property
+    def of_qk(self) -> HeadNorm:
+        """The norm of [T, N + K, H], query heads first, for `kernels.rotary`."""
+        return self.weight, self.eps
 
-    def forward_q(self, q: torch.Tensor) -> torch.Tensor:
-        """q [T, N, H] -> the same shape."""
-        return rms_norm(q, self.weight[: self._num_heads], self.eps)
+    @property
+    def of_q(self) -> HeadNorm:
+        """The norm of query heads [T, N, H]."""
+        return self.weight[: self._num_heads], self.eps
 
-    def forward_k(self, k: torch.Tensor) -> torch.Tensor:
-        """k [T, K, H] -> the same shape."""
-        return rms_norm(k, self.weight[self._num_heads :], self.eps)
+    @property
+    def of_k(self) -> HeadNorm:
+        """The norm of key heads [T, K, H]."""
+        return self.weight[self._num_heads :], self.eps

@@ -11,9 +11,6 @@ import torch
 
 from hpcinfer.config.model import RopeConfig
 
-RotaryTables = tuple[torch.Tensor, torch.Tensor] | None
-"""cos and sin [T, 1, H/2]; None in a family with learned positions."""
-
 
 class Rotary:
     """Turns pairs (i, i + H/2) of a head by an angle that grows with the position (the convention of transformers).
@@ -39,16 +36,6 @@ class Rotary:
             cos.mul_(self._factor)
             sin.mul_(self._factor)
         return cos.to(self._dtype), sin.to(self._dtype)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the heads of x [T, heads, H] by cos and sin [T, 1, H/2]: a new tensor, rounded where transformers rounds."""
-    half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    torch.mul(first, cos, out=out[..., :half]).sub_(second * sin)
-    torch.mul(second, cos, out=out[..., half:]).add_(first * sin)
-    return out
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:

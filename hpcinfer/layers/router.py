@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from hpcinfer.config.model import ModelConfig
+from hpcinfer.kernels.routing import Choice, choose_experts
 from hpcinfer.layers.shard import check_shape
 
 
@@ -26,9 +27,10 @@ class Router:
         self.experts_per_token = config.experts_per_token
         self.weight = torch.zeros(config.num_experts, config.hidden_size, dtype=dtype, device=device)
         self.bias = torch.zeros(config.num_experts, dtype=dtype, device=device) if config.router_bias else None
-        self._softmax_first = config.router == "softmax_topk"
-        self._normalize = config.normalize_topk
-        self._rounded = rounded
+        self._choice = Choice(
+            num_chosen=config.experts_per_token, softmax_first=config.router == "softmax_topk",
+            normalize=config.normalize_topk, rounded=rounded,
+        )
 
     def load_weight(self, full: torch.Tensor) -> None:
         """Take the matrix [E, D]."""
@@ -40,15 +42,9 @@ class Router:
         check_shape(full, tuple(self.bias.shape), "router bias")
         self.bias.copy_(full)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [T, D] -> experts int64 [T, k] and their weights float32 [T, k] (float64 where x is)."""
-        logits = F.linear(x, self.weight, self.bias)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        if self._softmax_first:
-            weights, ids = torch.softmax(logits, dim=-1, dtype=wide).topk(self.experts_per_token, dim=-1)
-            if self._normalize:
-                weights = weights / weights.sum(dim=-1, keepdim=True)
-        else:
-            largest, ids = logits.topk(self.experts_per_token, dim=-1)
-            weights = torch.softmax(largest, dim=-1, dtype=wide)
-        return ids, weights.to(x.dtype).to(wide) if self._rounded else weights
+    def forward(self, x: torch.Tensor, valid: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [T, D] -> experts int64 [T, k] and their weights float32 [T, k] (float64 where x is).
+
+        `valid`, bool [T], is False for tokens of padding, which are sent to nobody.
+        """
+        return choose_experts(F.linear(x, self.weight, self.bias), self._choice, valid)

@@ -10,7 +10,7 @@ Shape letters: T tokens, P of them on this rank, D model, V vocabulary, H head d
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -18,12 +18,14 @@ import torch
 
 from hpcinfer.attention.base import AttentionBackend
 from hpcinfer.attention.metadata import AttentionMetadata
+from hpcinfer.comm.communicator import Handle
 from hpcinfer.config.model import ModelConfig
+from hpcinfer.kernels.rotary import RotaryTables
 from hpcinfer.kvcache.pool import KvPool
 from hpcinfer.layers.attention import Attention
 from hpcinfer.layers.embedding import ParallelHead, VocabParallelEmbedding
 from hpcinfer.layers.moe import MoeMlp
-from hpcinfer.layers.rotary import Rotary, RotaryTables
+from hpcinfer.layers.rotary import Rotary
 from hpcinfer.models.base import StageInputs, StageModel, WeightLoader
 from hpcinfer.parallel.axes import StageAxes
 from hpcinfer.parallel.segments import Segments
@@ -34,6 +36,9 @@ class Norm(Protocol):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., D] -> the same shape."""
+
+    def forward_sum(self, hidden: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden and y [P, D] -> the norm of their sum, and their sum; new tensors."""
 
     def weights(self) -> dict[str, WeightLoader]:
         """Its tensors, by their last name."""
@@ -58,16 +63,29 @@ class DecoderLayer:
     def forward(
         self,
         hidden: torch.Tensor,
+        y: torch.Tensor | None,
         rotary: RotaryTables,
         metadata: AttentionMetadata,
         cache: tuple[torch.Tensor, torch.Tensor],
-    ) -> Segments:
-        """hidden [P, D] -> [P, D]."""
+    ) -> Generator[Handle, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """The residual stream is in two parts, before the layer and after it: the norm that follows adds them in the same pass.
+
+        Args:
+            hidden: [P, D].
+            y: [P, D], the output of the layer before; None where that is in `hidden`.
+
+        Returns:
+            hidden and y of the next layer.
+        """
         # Sums make new tensors: `hidden` may be a received buffer, and a result of an all-reduce a communicator's own.
-        y = yield from self.attention.forward(self.attention_norm.forward(hidden), rotary, metadata, cache)
-        hidden = hidden + y
-        y = yield from self.mlp.forward(self.mlp_norm.forward(hidden), metadata)
-        return hidden + y
+        if y is None:
+            normed = self.attention_norm.forward(hidden)
+        else:
+            normed, hidden = self.attention_norm.forward_sum(hidden, y)
+        y = yield from self.attention.forward(normed, rotary, metadata, cache)
+        normed, hidden = self.mlp_norm.forward_sum(hidden, y)
+        y = yield from self.mlp.forward(normed, metadata)
+        return hidden, y
 
 
 class DecoderStage(StageModel):
@@ -148,9 +166,10 @@ class DecoderStage(StageModel):
         self, hidden: torch.Tensor, metadata: AttentionMetadata, kv: KvPool, num_layers: int
     ) -> Segments:
         rotary = self.rotary.tables(metadata.positions) if self.rotary else None
+        y = None
         for index, layer in enumerate(self.layers[:num_layers]):
-            hidden = yield from layer.forward(hidden, rotary, metadata, kv.layer(index))
-        return hidden
+            hidden, y = yield from layer.forward(hidden, y, rotary, metadata, kv.layer(index))
+        return hidden if y is None else hidden + y
 
     def expert_load(self) -> dict[int, np.ndarray]:
         return {number: mlp.load.cpu().numpy() for number, mlp in self._mixtures()}

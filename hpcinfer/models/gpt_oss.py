@@ -14,9 +14,9 @@ import torch
 
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.errors import CheckpointError
+from hpcinfer.kernels.mxfp4 import BLOCK_BYTES, BLOCK_VALUES, unpack
 from hpcinfer.layers.experts import Experts
 from hpcinfer.layers.moe import MoeMlp
-from hpcinfer.layers.mxfp4 import BLOCK_BYTES, BLOCK_VALUES, unpack
 from hpcinfer.layers.norm import WideRmsNorm
 from hpcinfer.models.base import WeightLoader
 from hpcinfer.models.decoder import DecoderLayer

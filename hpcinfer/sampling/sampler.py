@@ -11,8 +11,9 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
+from hpcinfer.kernels.draw import draw, invert
 from hpcinfer.request import NOT_A_TOKEN, Request
-from hpcinfer.sampling.logits import probabilities
+from hpcinfer.sampling.logits import on_device, probabilities
 from hpcinfer.sampling.rng import keyed_uniform
 
 
@@ -30,6 +31,11 @@ class SamplingBatch:
     """float64 [S]."""
     uniforms: np.ndarray
     """float64 [S]: the keyed draw of each; unused where greedy."""
+
+    @property
+    def is_filtered(self) -> np.ndarray:
+        """bool [S]: drawn from a part of the distribution."""
+        return (self.temperature > 0) & ((self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0))
 
     @classmethod
     def of(cls, draws: Iterable[tuple[Request, int]]) -> SamplingBatch:
@@ -53,6 +59,8 @@ class SamplingBatch:
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     """Draw one token a row by inverting the cumulative distribution in token-id order, in float64.
 
+    Waits for no device: which rows are filtered is known on the host.
+
     Args:
         logits: float32 [S, V].
         batch: parameters and draws of the S rows.
@@ -60,23 +68,21 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     Returns:
         int64 [S] on the device of `logits`; NOT_A_TOKEN where the logits are not numbers.
     """
-    tokens = logits.argmax(dim=-1)
-    drawn = np.flatnonzero(batch.temperature > 0)
-    if len(drawn):
-        rows = torch.from_numpy(drawn).to(logits.device)
-        tokens[rows] = _draw(logits[rows], batch, drawn)
-    # A maximum that is not finite gives the whole row away: NaN wins every maximum.
-    return tokens.masked_fill(~logits.amax(dim=-1).isfinite(), NOT_A_TOKEN)
+    filtered = np.flatnonzero(batch.is_filtered)
+    # Filtered rows are drawn below; here they are only looked at for what is not a number.
+    temperature = np.where(batch.is_filtered, 0.0, batch.temperature)
+    tokens = draw(logits, *on_device((temperature, batch.uniforms), logits.device))
+    if len(filtered):
+        (rows,) = on_device((filtered,), logits.device)
+        drawn = _draw_filtered(logits[rows], batch, filtered)
+        tokens[rows] = torch.where(tokens[rows] == NOT_A_TOKEN, NOT_A_TOKEN, drawn)
+    return tokens
 
 
-def _draw(logits: torch.Tensor, batch: SamplingBatch, drawn: np.ndarray) -> torch.Tensor:
-    temperature, top_k, top_p, min_p, uniforms = (
-        torch.from_numpy(array[drawn]).to(logits.device)
-        for array in (batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.uniforms)
+def _draw_filtered(logits: torch.Tensor, batch: SamplingBatch, rows: np.ndarray) -> torch.Tensor:
+    """logits of `rows` of the batch -> their tokens."""
+    probs = probabilities(
+        logits, temperature=batch.temperature[rows], top_k=batch.top_k[rows], top_p=batch.top_p[rows],
+        min_p=batch.min_p[rows],
     )
-    cumulative = probabilities(logits, temperature, top_k, top_p, min_p).cumsum(dim=-1)
-    target = (uniforms * cumulative[:, -1])[:, None]
-    tokens = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    # Rounding may push the target to the very end: the last token that has any probability is meant then.
-    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous(), right=False)[:, 0]
-    return torch.minimum(tokens, last)
+    return invert(probs, *on_device((batch.uniforms[rows],), logits.device))

@@ -68,8 +68,11 @@ class Grid:
                 self.streams.append(stream)
                 self.layers.append(layer)
 
-    def run(self, x: list[torch.Tensor], *, is_prefill: bool = True, log: list | None = None) -> list[torch.Tensor]:
-        """x [T, D] of every lane -> [T, D] of every lane."""
+    def run(
+        self, x: list[torch.Tensor], *, is_prefill: bool = True, log: list | None = None,
+        valid: list[torch.Tensor] | None = None,
+    ) -> list[torch.Tensor]:
+        """x [T, D] of every lane, and which of its tokens are no padding -> [T, D] of every lane."""
         lane_tokens = tuple(len(part) for part in x)
         forwards = []
         for index, (stream, layer) in enumerate(zip(self.streams, self.layers)):
@@ -78,7 +81,9 @@ class Grid:
             if self.is_sharded:
                 rows = stream.num_rows(len(own))
                 own = pad_rows(own, rows * self.tp)[stream.tp.rank * rows : (stream.tp.rank + 1) * rows]
-            forwards.append(layer.forward(own.clone(), metadata_of(lane_tokens, lane, is_prefill)))
+            metadata = metadata_of(lane_tokens, lane, is_prefill)
+            metadata.valid = None if valid is None else valid[lane]
+            forwards.append(layer.forward(own.clone(), metadata))
         with torch.inference_mode():
             results = run_lockstep(forwards, log)
         joined = []
@@ -183,6 +188,20 @@ def test_every_place(name, lanes, tp, ep, is_prefill, sequence_form, tokens):
         torch.testing.assert_close(got, alone.run([part])[0], rtol=0, atol=1e-5)
     assert torch.equal(grid.load(), alone.load())
     assert grid.load().sum() == sum(map(len, x)) * config.experts_per_token
+
+
+@pytest.mark.parametrize("sequence_form", [False, True])
+@pytest.mark.parametrize(("lanes", "tp", "ep"), PLACES)
+def test_padding_goes_to_nobody(lanes, tp, ep, sequence_form):
+    """A decode with padding behind its tokens, as a captured step has it, gives the tokens the same and counts them alone."""
+    counts, padded = (5, 2, 0, 3)[:lanes], 7
+    x = [torch.cat((part, torch.full((padded - len(part), CONFIG.hidden_size), torch.nan))) for part in inputs(counts, CONFIG)]
+    valid = [torch.arange(padded) < count for count in counts]
+    grid, alone = Grid(CONFIG, lanes, tp, ep, sequence_form=sequence_form), Grid(CONFIG, 1, 1, 1)
+    for got, part, count in zip(grid.run(x, is_prefill=False, valid=valid), x, counts):
+        torch.testing.assert_close(got[:count], alone.run([part[:count]])[0], rtol=0, atol=1e-5)
+        assert not got[count:].any()
+    assert torch.equal(grid.load(), alone.load())
 
 
 @pytest.mark.parametrize(("lanes", "tp", "ep"), [(1, 4, 4), (2, 2, 4), (2, 1, 2)])

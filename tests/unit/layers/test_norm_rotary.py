@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from hpcinfer.config.model import ModelConfig
+from hpcinfer.kernels.norm import rms_norm
+from hpcinfer.kernels.rotary import rotate
 from hpcinfer.layers.norm import LayerNorm, QkNorm, RmsNorm
-from hpcinfer.layers.rotary import Rotary, rotate
+from hpcinfer.layers.rotary import Rotary
 from tests.checkpoints import LINEAR_ROPE, LLAMA3_ROPE, YARN_ROPE
 
 CPU = torch.device("cpu")
@@ -35,7 +37,9 @@ def test_qk_norm_has_a_weight_for_each():
     norm.load_q(q), norm.load_k(k)
     x = torch.randn(4, 5, 8)
     wanted = torch.nn.functional.rms_norm(x, (8,), eps=1e-6)
-    torch.testing.assert_close(norm.forward(x), torch.cat((wanted[:, :3] * q, wanted[:, 3:] * k), dim=1))
+    torch.testing.assert_close(rms_norm(x, *norm.of_qk), torch.cat((wanted[:, :3] * q, wanted[:, 3:] * k), dim=1))
+    torch.testing.assert_close(rms_norm(x[:, :3], *norm.of_q), wanted[:, :3] * q)
+    torch.testing.assert_close(rms_norm(x[:, 3:], *norm.of_k), wanted[:, 3:] * k)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from hpcinfer.attention.sdpa import SdpaBackend
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.errors import CheckpointError
-from hpcinfer.layers.mxfp4 import unpack
+from hpcinfer.kernels.mxfp4 import unpack
 from hpcinfer.models.random_weights import fill_random
 from hpcinfer.runner.summary import expert_balance
 from tests.checkpoints import load_reference, make_variant

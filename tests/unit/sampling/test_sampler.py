@@ -24,9 +24,8 @@ def request(row: int, **sampling) -> Request:
 def filtered(logits: torch.Tensor, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> torch.Tensor:
     rows = len(logits)
     return probabilities(
-        logits,
-        torch.full((rows,), temperature, dtype=torch.float64), torch.full((rows,), top_k),
-        torch.full((rows,), top_p, dtype=torch.float64), torch.full((rows,), min_p, dtype=torch.float64),
+        logits, temperature=np.full(rows, temperature), top_k=np.full(rows, top_k), top_p=np.full(rows, top_p),
+        min_p=np.full(rows, min_p),
     )
 
 
@@ -55,6 +54,18 @@ def test_greedy_and_drawn_rows_of_one_batch():
     assert tokens.tolist() == alone
 
 
+def test_filters_of_one_row_do_not_touch_another():
+    """Greedy and drawn rows, and rows with one filter or several, give together what each gives alone."""
+    logits = torch.randn(60, 50, generator=torch.Generator().manual_seed(6)) * 2
+    kinds = ({"temperature": 0.0}, {}, {"top_k": 3}, {"top_p": 0.4}, {"min_p": 0.3}, {"top_k": 20, "top_p": 0.7})
+    requests = [request(row, **({"temperature": 1.3} | kinds[row % len(kinds)])) for row in range(60)]
+    tokens = sample(logits, SamplingBatch.of((r, 5) for r in requests))
+    alone = [sample(logits[row : row + 1], SamplingBatch.of([(requests[row], 5)])).item() for row in range(60)]
+    assert tokens.tolist() == alone
+    best = logits.topk(3).indices
+    assert all(tokens[row] in best[row] for row in range(2, 60, 6))
+
+
 def test_draws_follow_the_distribution():
     logits = torch.tensor([1.0, 2.0, 0.0, 3.0, 1.5]).expand(20_000, 5).contiguous()
     tokens = sample(logits, SamplingBatch.of((request(row, temperature=0.8, top_k=4), 3) for row in range(20_000)))
@@ -80,12 +91,16 @@ def test_a_uniform_at_either_end_draws_a_token_that_has_probability():
     assert sample(logits, batch).tolist() == [1, 3]
 
 
-def test_logits_that_are_not_numbers_give_no_token_and_leave_the_other_rows_alone():
+@pytest.mark.parametrize(
+    "sampling",
+    [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 5}, {"temperature": 1.0, "top_p": 0.5, "min_p": 0.01}],
+)
+def test_logits_that_are_not_numbers_give_no_token_and_leave_the_other_rows_alone(sampling):
     logits = torch.randn(4, 20, generator=torch.Generator().manual_seed(3))
-    good = sample(logits, SamplingBatch.of((request(row, temperature=row % 2), 5) for row in range(4)))
+    batch = SamplingBatch.of((request(row, **sampling), 5) for row in range(4))
+    good = sample(logits, batch)
     broken = logits.clone()
     broken[0, 7] = torch.nan
     broken[1, :] = -torch.inf
     broken[2, 3] = torch.inf
-    tokens = sample(broken, SamplingBatch.of((request(row, temperature=row % 2), 5) for row in range(4)))
-    assert tokens.tolist() == [NOT_A_TOKEN, NOT_A_TOKEN, NOT_A_TOKEN, good[3].item()]
+    assert sample(broken, batch).tolist() == [NOT_A_TOKEN, NOT_A_TOKEN, NOT_A_TOKEN, good[3].item()]
