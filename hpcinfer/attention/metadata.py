@@ -135,7 +135,7 @@ def build_metadata(
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor of the host on `device`. The host does not wait for the copy to a GPU, nor for what the GPU is doing."""
     if device.type != "cuda":
-        return tensor
+        return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)  # torch keeps the pinned memory until the copy is over
 
 
