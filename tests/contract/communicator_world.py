@@ -1,6 +1,6 @@
-"""A rank of a world that runs the communicator contract: on MPI, strict and not, or on NCCL's stand-in.
+"""A rank of a world that runs the communicator contract: on MPI, strict and not, on NCCL's stand-in, or on NCCL and GPUs.
 
-    mpiexec -n 3 python -m tests.contract.communicator_world mpi|nccl
+    mpiexec -n 3 python -m tests.contract.communicator_world mpi|nccl|gpu
 
 After each case all ranks exchange their outcome on a channel of its own, so that a failure on one rank is reported by
 all and cannot hang the rest.
@@ -46,6 +46,33 @@ class NcclCommunicatorSuite(CommunicatorSuite):
             time.sleep(0.01)
         raise AssertionError("no CommunicationError from check()")
 
+    def case_reserved_memory(self) -> None:
+        """Sums in set-aside memory: the same few addresses, none of them twice in flight."""
+        self.comm.reserve(64)
+        if self.size == 1:
+            return
+        taken = []
+        for round_ in range(3):
+            handles = []
+            for i in range(2):
+                memory = self.comm.memory((3, 2), torch.float32)
+                memory.copy_(self.fill((3, 2), salt=i + round_))
+                taken.append(memory.data_ptr())
+                handles.append((self.comm.all_reduce(memory), torch.stack(self.every((3, 2), salt=i + round_)).sum(0)))
+            for handle, expected in handles:
+                check(torch.equal(handle.wait(), expected), "sum in set-aside memory")
+        check(len(set(taken)) == 4, f"four addresses in turns: {taken}")
+        check(self.comm.memory((2000,), torch.float32) is None, "too large for it")
+        pending = [self.comm.all_reduce(self.comm.memory((2,), torch.float32).zero_()) for _ in range(4)]
+        check(self.comm.memory((2,), torch.float32) is None, "all of it is in flight")
+        for handle in pending:
+            handle.wait()
+        check(self.comm.memory((2,), torch.float32) is not None, "free again")
+
+
+class StandInSuite(NcclCommunicatorSuite):
+    """What can be asked of streams of our own making."""
+
     def case_captured(self) -> None:
         """Inside a graph there are collectives and no links, and nobody asks for the end of anything."""
         if self.size == 1:
@@ -65,29 +92,6 @@ class NcclCommunicatorSuite(CommunicatorSuite):
                     raise AssertionError(f"{verb} was captured")
         finally:
             streams.capturing = False
-
-    def case_reserved_memory(self) -> None:
-        """Sums in set-aside memory: the same few addresses, none of them twice in flight."""
-        self.comm.reserve(64)
-        taken = []
-        for round_ in range(3):
-            handles = []
-            for i in range(2):
-                memory = self.comm.memory((3, 2), torch.float32)
-                if self.size == 1:
-                    return
-                memory.copy_(self.fill((3, 2), salt=i + round_))
-                taken.append(memory.data_ptr())
-                handles.append((self.comm.all_reduce(memory), torch.stack(self.every((3, 2), salt=i + round_)).sum(0)))
-            for handle, expected in handles:
-                check(torch.equal(handle.wait(), expected), "sum in set-aside memory")
-        check(len(set(taken)) == 4, f"four addresses in turns: {taken}")
-        check(self.comm.memory((2000,), torch.float32) is None, "too large for it")
-        pending = [self.comm.all_reduce(self.comm.memory((2,), torch.float32).zero_()) for _ in range(4)]
-        check(self.comm.memory((2,), torch.float32) is None, "all of it is in flight")
-        for handle in pending:
-            handle.wait()
-        check(self.comm.memory((2,), torch.float32) is not None, "free again")
 
 
 def mpi_suites(world: World) -> list[tuple[str, CommunicatorSuite]]:
@@ -111,7 +115,18 @@ def nccl_suites(world: World) -> list[tuple[str, CommunicatorSuite]]:
         world.deadline_s = deadline_s
         return split(world, list(range(world.size)), name)
 
-    return [("on the stand-in", NcclCommunicatorSuite(make))]
+    return [("on the stand-in", StandInSuite(make))]
+
+
+def gpu_suites(world: World) -> list[tuple[str, CommunicatorSuite]]:
+    world.watch(lambda error: print(error, flush=True))
+    world.use_device("cuda", share_gpu=True)
+
+    def make(name: str, *, deadline_s: float = 60.0) -> Communicator:
+        world.deadline_s = deadline_s
+        return split(world, list(range(world.size)), name)
+
+    return [(f"on NCCL {world.nccl_settings.get('version', '')}", NcclCommunicatorSuite(make, device=world.device))]
 
 
 def run_world(kind: str) -> int:
@@ -120,7 +135,7 @@ def run_world(kind: str) -> int:
     if world.rank == 0:
         print(f"{describe_mpi()}, {world.size} ranks, torch threads {torch.get_num_threads()}", flush=True)
     failed = ran = 0
-    for title, suite in {"mpi": mpi_suites, "nccl": nccl_suites}[kind](world):
+    for title, suite in {"mpi": mpi_suites, "nccl": nccl_suites, "gpu": gpu_suites}[kind](world):
         for name in suite.cases():
             problem = ""
             began = time.monotonic()

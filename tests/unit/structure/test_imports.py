@@ -101,3 +101,32 @@ def test_verbs_without_a_model_never_import_torch(name, tmp_path):
         assert result.returncode == (3 if name == "status" else 0), result.stderr
         times.append(float(result.stderr.split("SECONDS")[1]))
     assert min(times) < 1.0, f"{name} took {min(times):.2f} s"
+
+
+GPU_PACKAGES = ("cupy", "cupyx", "nccl", "triton", "flash_attn", "flash_attn_interface", "flashinfer")
+
+
+def test_everything_works_without_the_packages_of_gpus(tmp_path):
+    """Every verb is loaded, the public names too, and the demo job is run, where importing any of them fails."""
+    code = (
+        "import sys\n"
+        f"for name in {GPU_PACKAGES}: sys.modules[name] = None\n"
+        "import importlib, hpcinfer\n"
+        "from hpcinfer.cli.main import VERBS, main\n"
+        "for verb in VERBS: assert main([verb, '--help']) == 0, verb\n"
+        "assert all(getattr(hpcinfer, name) for name in hpcinfer.__all__)\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["run", "jobs/demo.toml", "--set", "parallel.tp=1", "--set", f"data.output={tmp_path / 'run'}"]
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run" / "generations.h5").exists()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_packages_of_gpus_are_imported_where_they_are_used(path):
+    """At the top of a file only where the file is imported by those that use it alone: triton_*.py and the like."""
+    at_top = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {alias.name.split(".")[0] for node in at_top if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module.split(".")[0] for node in at_top if isinstance(node, ast.ImportFrom)}
+    assert path.name.startswith("triton_") or not names & set(GPU_PACKAGES), names
