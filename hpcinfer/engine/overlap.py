@@ -96,6 +96,8 @@ def _time(model: StageModel, kv: KvPool, parts: list[MicroBatch], control: HostC
     control.barrier()
     start_s = time.perf_counter()
     interleave([_layers(model, kv, part, lane) for part in parts])
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
     return time.perf_counter() - start_s
 
 

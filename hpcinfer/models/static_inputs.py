@@ -29,6 +29,8 @@ class StaticShape:
     hidden_size: int
     """D."""
     is_first_stage: bool
+    host_numbers: bool
+    """The attention backend looks at host numbers too, so that its forward cannot be captured, only called again."""
 
     @property
     def max_blocks(self) -> int:
@@ -50,7 +52,7 @@ class StaticInputs:
         self._device = device
         most = shape.max_entries
         # Token ids, positions and slots in one piece: they travel as one.
-        self._int64 = torch.zeros(3, most, dtype=torch.int64, device=device)
+        self._int64 = torch.zeros(3 * most, dtype=torch.int64, device=device)
         self._seq_lens = torch.ones(most, dtype=torch.int32, device=device)
         self._valid = torch.zeros(most, dtype=torch.bool, device=device)
         self._block_tables = torch.zeros(most, shape.max_blocks, dtype=torch.int32, device=device)
@@ -66,14 +68,15 @@ class StaticInputs:
         Args:
             num_rows: P, rows of activations that this rank receives for them.
         """
-        token_ids, positions, slots = self._int64[:, :num_entries]
+        token_ids, positions, slots = self._columns(num_entries)
         ones = np.ones(num_entries, np.int64)
+        width = self._shape.max_blocks if self._shape.host_numbers else 0
         metadata = AttentionMetadata(
             positions=positions, query_start_loc=self._starts[: num_entries + 1],
             seq_lens=self._seq_lens[:num_entries],
             block_tables=self._block_tables[:num_entries], slot_mapping=slots, block_size=self._shape.block_size,
             host_query_start_loc=np.arange(num_entries + 1), host_query_lens=ones, host_seq_lens=ones.copy(),
-            host_block_tables=np.zeros((num_entries, self._shape.max_blocks), np.int64), max_query_len=1,
+            host_block_tables=np.zeros((num_entries, width), np.int64), max_query_len=1,
             max_seq_len=self._shape.max_context, num_decodes=num_entries, is_prefill=False,
             lane_tokens=(num_entries,) * self._shape.num_lanes, shared=None, valid=self._valid[:num_entries],
         )
@@ -107,7 +110,7 @@ class StaticInputs:
         if count:
             int64[2, :count] = tables[np.arange(count), positions // size] * size + positions % size
         seq_lens[:count] = positions + 1
-        self._send(int64, self._int64[:, :num_entries])
+        self._send(int64, self._columns(num_entries))
         self._send(seq_lens, metadata.seq_lens)
         self._send(np.arange(num_entries) < count, metadata.valid)
         self._send(np.ascontiguousarray(microbatch.block_tables, np.int32), self._block_tables[:count, :width])
@@ -116,11 +119,15 @@ class StaticInputs:
             inputs.token_ids.copy_(with_drawn(inputs.token_ids, drawn))
         if hidden is not None:
             inputs.hidden[: hidden.shape[0]] = hidden
-        # For backends that look at host numbers, which cannot be captured.
-        metadata.host_seq_lens[:] = seq_lens
-        metadata.host_block_tables[:] = 0
-        metadata.host_block_tables[:count, :width] = tables
-        metadata.scratch.clear()
+        if self._shape.host_numbers:
+            metadata.host_seq_lens[:] = seq_lens
+            metadata.host_block_tables[:] = 0
+            metadata.host_block_tables[:count, :width] = tables
+            metadata.scratch.clear()
+
+    def _columns(self, num_entries: int) -> torch.Tensor:
+        """int64 [3, N], in one piece whatever N is."""
+        return self._int64[: 3 * num_entries].view(3, num_entries)
 
     def _send(self, values: np.ndarray, target: torch.Tensor) -> None:
         """Copy to the device without waiting for it."""

@@ -93,6 +93,7 @@ class DecodeGraphs:
         self._shape = StaticShape(
             max_entries=self.buckets[-1], max_context=max_context, block_size=kv.layout.block_size,
             num_lanes=model.axes.sp.size, hidden_size=model.config.hidden_size, is_first_stage=model.is_first,
+            host_numbers=not model.backend.capturable,
         )
         # Token shards of a padded step are others than those of the step, which is what the other stages expect.
         self._shards_travel = isinstance(model.stream, ShardedStream) and not (model.is_first and model.is_last)
