@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -97,12 +97,11 @@ class World:
             heart = Heart(self.mpi_comm.Dup(), hosts=hosts, mark=self.progress.mark, period_s=period_s)
         self.watchdog = Watchdog(on_failure, deadline_s=self.deadline_s, heart=heart)
 
-    def use_device(self, setting: str, *, nccl: Mapping[str, str] | None = None, share_gpu: bool = False) -> None:
+    def use_device(self, setting: str, *, share_gpu: bool = False) -> None:
         """Bind this rank to its device; on GPUs tensors travel over NCCL from now on. Collective, after `watch`.
 
         Args:
             setting: auto, cpu or cuda.
-            nccl: NCCL_* variables to set where the environment has none.
             share_gpu: several ranks may have one GPU (for tests).
 
         Raises:
@@ -115,7 +114,7 @@ class World:
         if share_gpu and self.device.type == "cuda":
             self.num_device_ranks = -(-self.local_size // torch.cuda.device_count())
         if self.device.type == "cuda" and self.size > 1:
-            self.nccl_settings = apply_settings(nccl or {}, share_gpu_rank=self.rank if share_gpu else None)
+            self.nccl_settings = apply_settings(share_gpu_rank=self.rank if share_gpu else None)
             library = load_nccl()
             self.nccl_settings["version"] = check_versions(library, self.channel)
             self.nccl = Nccl(library=library, streams=CudaStreams(self.device), watchdog=self.watchdog)

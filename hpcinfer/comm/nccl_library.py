@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
 from typing import Any
 
 from hpcinfer.comm.host import HostChannel
@@ -50,19 +49,20 @@ def load_nccl() -> Any:
     return nccl
 
 
-def apply_settings(settings: Mapping[str, str], *, share_gpu_rank: int | None = None) -> dict[str, str]:
-    """Put NCCL's settings into the environment of this process. Call it before NCCL's first call, which reads them.
+def apply_settings(*, share_gpu_rank: int | None = None) -> dict[str, str]:
+    """Add what we need to NCCL's settings in the environment of this process. Call it before NCCL's first call, which reads them.
+
+    What the environment has already stands: the user's own, and those of the site (`launch.site`).
 
     Args:
-        settings: NCCL_* variables, for example of a site; what the environment has already stands.
         share_gpu_rank: a number that differs for every rank, where several ranks share a GPU.
 
     Returns:
         All NCCL_* variables that are in force.
     """
-    wanted = {**DEFAULTS, **settings}
+    wanted = dict(DEFAULTS)
     if share_gpu_rank is not None:
-        wanted = {**wanted, **SHARED_GPU, "NCCL_HOSTID": f"rank{share_gpu_rank}"}
+        wanted.update(SHARED_GPU, NCCL_HOSTID=f"rank{share_gpu_rank}")
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith("NCCL_")}

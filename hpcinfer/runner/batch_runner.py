@@ -111,7 +111,7 @@ def run_job(
     groups.close()  # not after an error: it is collective, and the others do not know
     results = world.channel.all_gather(result, deadline_s=_NO_DEADLINE)
     return agree_or_raise(
-        world.channel, lambda: _sum_up(job, checked, run, results, world.size, time.monotonic() - start_s),
+        world.channel, lambda: _sum_up(job, checked, run, results, world, time.monotonic() - start_s),
         deadline_s=_NO_DEADLINE,
     )
 
@@ -187,7 +187,7 @@ def _out_of_memory(
 
 
 def _sum_up(
-    job: JobConfig, checked: CheckedJob, run: RunDirectory, results: list[_RankResult], num_ranks: int, seconds: float
+    job: JobConfig, checked: CheckedJob, run: RunDirectory, results: list[_RankResult], world: World, seconds: float
 ) -> RunSummary:
     status = read_status(run, exact=True)
     figures = [result.figures for result in results]
@@ -211,7 +211,8 @@ def _sum_up(
         phase_seconds={
             phase: sum(result.phase_seconds[phase] for result in results) / len(results) for phase in PHASES
         },
-        layout=_layout(checked, num_ranks),
+        layout=_layout(checked, world.size),
+        nccl=world.nccl_settings,
         counters=dict(counters),
         experts=expert_balance([result.expert_load for result in results]),
         weights_read_bytes=sum(result.weights_read_bytes for result in results),

@@ -48,6 +48,8 @@ class RunSummary:
     weights_read_bytes: int = 0
     """Bytes of the checkpoint that this start got from the file system, all ranks together: each that the model needs once;
     0 where there was nothing to generate."""
+    nccl: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """NCCL_* variables that were in force, and NCCL's version; empty where tensors did not travel over NCCL."""
     experts: Mapping[str, list[int]] = dataclasses.field(default_factory=dict)
     """Mixtures of experts: layer -> tokens that each expert got in this start; empty without mixtures."""
 

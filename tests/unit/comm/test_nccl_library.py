@@ -24,13 +24,16 @@ def environ(monkeypatch):
 
 def test_what_the_user_exported_stands(environ):
     environ["NCCL_PROTO"] = "Simple"
-    in_force = apply_settings({"NCCL_PROTO": "LL128", "NCCL_IB_HCA": "mlx5"})
-    assert in_force == {"NCCL_IB_HCA": "mlx5", "NCCL_LAUNCH_ORDER_IMPLICIT": "1", "NCCL_PROTO": "Simple"}
+    in_force = apply_settings()
+    assert in_force == {"NCCL_LAUNCH_ORDER_IMPLICIT": "1", "NCCL_PROTO": "Simple"}
+    environ["NCCL_LAUNCH_ORDER_IMPLICIT"] = "0"
+    assert apply_settings()["NCCL_LAUNCH_ORDER_IMPLICIT"] == "0"
+    in_force = apply_settings()
     assert {name: environ[name] for name in in_force} == in_force
 
 
 def test_ranks_that_share_a_gpu_pretend_to_be_hosts(environ):
-    first = apply_settings({}, share_gpu_rank=3)
+    first = apply_settings(share_gpu_rank=3)
     assert first["NCCL_HOSTID"] == "rank3" and first["NCCL_MULTI_RANK_GPU_ENABLE"] == "1"
 
 
