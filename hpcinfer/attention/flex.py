@@ -121,14 +121,13 @@ def _plan(metadata: AttentionMetadata, window: int | None) -> _Plan:
     entry = np.repeat(used, num_blocks * _BLOCK)
     begins = (np.cumsum(num_blocks) - num_blocks) * _BLOCK
     positions = np.arange(len(entry)) - np.repeat(begins, num_blocks * _BLOCK) + first[entry]
-    padding = positions >= seq_lens[entry]
-    # Padding reads the sequence's last token again: a slot that is known to hold finite numbers.
+    # Padding has positions that no query reaches, and reads the last token again: a slot that is known to hold finite numbers.
     slots = token_slots(metadata.host_block_tables, entry, np.minimum(positions, seq_lens[entry] - 1), metadata.block_size)
 
     def tensor(values: np.ndarray, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.from_numpy(values).to(metadata.seq_lens.device, dtype)
 
-    key_entry, key_position = tensor(np.where(padding, -1, entry)), tensor(positions)
+    key_entry, key_position = tensor(entry), tensor(positions)
     query_entry = tensor(np.repeat(np.arange(len(lens)), lens))
     query_position = metadata.positions
 

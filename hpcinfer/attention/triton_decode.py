@@ -212,7 +212,7 @@ def join_kernel(
     sums = tl.zeros([COLUMNS], tl.float32)
     for at in range(0, used, JOINED):
         splits = at + tl.arange(0, JOINED)
-        weights = tl.exp2(tl.load(log_sums + base + splits, mask=splits < used, other=float("-inf")) - top)
+        weights = tl.exp2(tl.load(log_sums + base + splits, mask=splits < used, other=0.0) - top)
         parts = tl.load(
             partial + (base + splits)[:, None] * HEAD_DIM + columns[None, :],
             mask=(splits < used)[:, None] & (columns < HEAD_DIM)[None, :], other=0.0,

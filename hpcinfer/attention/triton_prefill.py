@@ -48,7 +48,7 @@ def prefill_tiles(head_dim: int, group: int, itemsize: int, capability: tuple[in
         return PrefillTiles(rows=max(16, triton.next_power_of_2(group)), tokens=16, warps=4, stages=2)
     if head_dim > 128:
         return PrefillTiles(rows=128 if hopper else 64, tokens=32, warps=8, stages=5 if large else 3)
-    return PrefillTiles(rows=128, tokens=64 if hopper or 32 < head_dim <= 64 else 32, warps=8, stages=5)
+    return PrefillTiles(rows=128, tokens=64 if hopper or head_dim <= 64 else 32, warps=8, stages=5)
 
 
 def prefill_programs(metadata: AttentionMetadata, entries: np.ndarray, *, tokens: int, window: int) -> torch.Tensor:

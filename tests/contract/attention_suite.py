@@ -165,6 +165,11 @@ def check(case: Case, machine: Machine = Machine()) -> None:
     torch.testing.assert_close(second.double().cpu(), reference(case), rtol=0, atol=machine.tolerances[case.dtype])
 
 
+def forget_host(metadata: AttentionMetadata) -> None:
+    """Take away what the host knows of single sequences: a step that is captured once runs with other ones."""
+    metadata.host_seq_lens = metadata.host_block_tables = metadata.host_query_start_loc = None
+
+
 def reference(case: Case) -> torch.Tensor:
     """[T, N, H] of the naive backend in float64, from the same numbers."""
     naive = NaiveBackend()

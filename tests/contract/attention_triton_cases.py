@@ -19,14 +19,17 @@ from triton.runtime import interpreter
 from hpcinfer.attention.triton_backend import TritonBackend
 from hpcinfer.attention.triton_decode import decode_kernel, decode_splits, decode_tiles
 from hpcinfer.attention.triton_math import LOG2_E, capped
-from tests.contract.attention_suite import BATCHES, HEAD_RATIOS, HEAD_SIZES, Case, Inputs, Machine, check, poisoned_memory, reference
+from tests.contract.attention_suite import (
+    BATCHES, HEAD_RATIOS, HEAD_SIZES, Case, Inputs, Machine, check, forget_host, poisoned_memory, reference,
+)  # fmt: skip
 
 # Of triton 3.6 with numpy before 2.4.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 
 HOPPER = Machine(device_type="cuda", capability=(9, 0), packages=frozenset({"triton"}))
 TRITON = Case(backend="TRITON")
-LONG = ([1, 1, 1, 20, 1], [900, 5, 400, 60, 40])
+LONG = ([1, 1, 1, 20, 1, 1], [900, 5, 400, 60, 40, 127])
+"""Sequences of several splits; of less than one; of one that is just full (of 2 tiles of 64)."""
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +70,7 @@ def test_sinks_and_softcap(batch, window):
 @pytest.mark.parametrize("window", [None, 50, 300])
 def test_several_splits(window):
     tile = decode_tiles(32, 4, HOPPER.capability).tokens
-    assert (decode_splits(4 * 2, min(901, (window or 901) + tile), tile) > 1) == (window != 50)
+    assert (decode_splits(5 * 2, min(901, (window or 901) + tile), tile) > 1) == (window != 50)
     check_triton(lens=LONG, window=window, sinks=True)
 
 
@@ -116,6 +119,7 @@ def test_a_captured_step():
             tensor[0, 0] = 1.0
         inputs.metadata.block_tables[3:] = 0
         inputs.metadata.max_seq_len = 40_000
+        forget_host(inputs.metadata)
         got = inputs.forward(backend)
     torch.testing.assert_close(got[:3].double(), reference(case)[:3], rtol=0, atol=2e-6)
     assert got.isfinite().all()

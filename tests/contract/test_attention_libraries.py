@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from hpcinfer.attention.flash_infer import FlashInferBackend
-from tests.contract.attention_suite import BATCHES, HEAD_RATIOS, HEAD_SIZES, Case, Inputs, Machine, check, reference
+from hpcinfer.attention.registry import BACKENDS
+from tests.contract.attention_suite import BATCHES, HEAD_RATIOS, HEAD_SIZES, Case, Inputs, Machine, check, forget_host, reference
 from tests.contract.flash_attn_stand_in import flash_attn, flash_attn_interface
 from tests.contract.flashinfer_stand_in import flashinfer
 
@@ -74,6 +75,20 @@ def test_pages(library):
     sizes = (256, 512) if LIBRARIES[library][1].block_size == 256 else (1, 3, 16, 64)
     for block_size in sizes:
         check_with(library, block_size=block_size, lens=([1, 1, 40, 3], [600, 255, 300, 0]))
+
+
+def test_a_captured_step(library):
+    """Decodes of a backend that can be captured need bounds alone of the host."""
+    machine, case, _ = LIBRARIES[library]
+    backend = BACKENDS[case.backend]()
+    if not backend.capturable:
+        pytest.skip(f"{backend.name} is not captured")
+    case = dataclasses.replace(case, batch="decode")
+    backend.prepare(case.query(machine))
+    inputs = Inputs.of(case, backend, machine.device, case.dtype)
+    inputs.metadata.max_seq_len = 40_000
+    forget_host(inputs.metadata)
+    torch.testing.assert_close(inputs.forward(backend).double(), reference(case), rtol=0, atol=4e-3)
 
 
 def test_a_plan_belongs_to_its_microbatch(monkeypatch):

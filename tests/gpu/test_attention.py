@@ -9,7 +9,7 @@ import torch
 
 from hpcinfer.attention.base import AttentionBackend
 from hpcinfer.attention.registry import BACKENDS, installed_packages
-from tests.contract.attention_suite import BATCHES, HEAD_RATIOS, HEAD_SIZES, Case, Inputs, Machine, check
+from tests.contract.attention_suite import BATCHES, HEAD_RATIOS, HEAD_SIZES, Case, Inputs, Machine, check, forget_host
 
 pytestmark = [
     # Of torch's compiler, when FlexAttention loads it and when it sees float32.
@@ -135,6 +135,7 @@ def _bounded(inputs: Inputs, block_size: int, longest: int = 4096) -> Inputs:
     wide[:, : tables.shape[1]] = tables
     inputs.metadata.block_tables = wide
     inputs.metadata.max_seq_len = longest
+    forget_host(inputs.metadata)
     return inputs
 
 

@@ -12,9 +12,8 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from tests.contract.attention_suite import HEAD_SIZES
 
-SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
+SHARED_KIB = {(8, 0): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227}
 """Of one program (CUDA C++ Programming Guide, compute capabilities)."""
 SPILL_BYTES = 32
 """A few registers, before or after the loops."""
@@ -55,13 +54,11 @@ def test_common_models():
 
 @pytest.mark.full
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("capability", SHARED_KIB)
 def test_all(capability, dtype):
-    plain = {"capability": capability, "dtype": dtype}
-    cases = [{**plain, "head_dim": head_dim, "kernels": ["decode", "prefill"]} for head_dim in HEAD_SIZES]
-    cases += [
-        {**plain, "head_dim": head_dim, "num_kv_heads": 1, "window": 100, "softcap": 30.0, "sinks": True, "block_size": 16,
-         "kernels": ["decode", "prefill"]} for head_dim in (64, 128, 256)
-    ]  # fmt: skip
+    """Each width of columns that there is, a head size that is padded, and everything at once."""
+    plain = {"capability": capability, "dtype": dtype, "kernels": ["decode", "prefill"]}
+    cases = [{**plain, "head_dim": head_dim} for head_dim in (32, 64, 80, 128, 256)]
+    cases.append({**plain, **GPT_OSS, "num_kv_heads": 1, "softcap": 30.0, "block_size": 16})
     check_compiled(cases)
