@@ -96,6 +96,8 @@ def run_job(
             _layout(checked, world.size), world.device.type, plan.attention.name,
             "captured" if plan.graphs else "not captured",
         )
+        for name, condition in plan.passed_over.items():
+            log.info("attention %s would be preferred: %s", name, condition)
         if world.nccl_settings:
             log.info("NCCL %s", ", ".join(f"{name} {value}" for name, value in world.nccl_settings.items()))
         try:
