@@ -82,7 +82,7 @@ for pid in "${pids[@]}"; do
 done
 # What is asked and done from here on must not die of the TERM that Slurm sends to all processes of a job that it ends.
 trap '' USR1 TERM
-on_every_node rm -rf -- "$scratch" 2>/dev/null
+on_every_node rm -rf -- "$scratch" 2>/dev/null || rm -rf -- "$scratch" # a job that is ended can start no steps
 
 # ---- done, failed, or another life
 # srun returns 0 after some forced ends, and kills ranks that are done when another one ends with a code: only the marker counts.

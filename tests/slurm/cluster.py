@@ -97,8 +97,9 @@ class Cluster:
 
     @property
     def env(self) -> dict[str, str]:
-        """Environment of Slurm's commands, and so of jobs: that of ranks in tests, and where the cluster is."""
-        return rank_env({"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": _PATH})
+        """Environment of Slurm's commands, and so of jobs: that of ranks in tests, where the cluster is, and a TMPDIR of its own (two
+        clusters on one host have jobs of the same numbers)."""
+        return rank_env({"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": _PATH, "TMPDIR": str(self.local)})
 
     @property
     def keeper_pid(self) -> int:

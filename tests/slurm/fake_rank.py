@@ -57,7 +57,7 @@ def main() -> int:
 def record(path: Path) -> None:
     """What this rank was given."""
     facts = {
-        "argv": sys.argv, "env": dict(os.environ), "host": os.uname().nodename, "python": os.environ["FAKE_PYTHON"],
+        "argv": sys.argv, "env": dict(os.environ), "python": os.environ["FAKE_PYTHON"],
         "files": resource.getrlimit(resource.RLIMIT_NOFILE),
     }  # fmt: skip
     path.write_text(json.dumps(facts))

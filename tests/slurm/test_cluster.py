@@ -79,6 +79,12 @@ def test_nothing_is_left_when_its_owner_is_killed():
     wait_for(lambda: not Path(folder).exists(), within_s=20)
 
 
+def test_without_slurm_the_reason_comes_with_the_command(monkeypatch):
+    assert slurm_cluster.missing() == ""
+    monkeypatch.setattr(slurm_cluster, "_PATH", "/nonexistent")
+    assert slurm_cluster.missing() == f"no slurmctld, slurmd, sbatch, srun here: {slurm_cluster.INSTALL}"
+
+
 def _command(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")

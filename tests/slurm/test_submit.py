@@ -35,6 +35,16 @@ def submit_demo(cluster: Cluster, folder: Path, *arguments: object, site: dict =
     return submit(cluster, "jobs/demo.toml", "--site", file, *words, *arguments, cwd=folder)
 
 
+def samples_of(outputs: dict, number: int) -> dict:
+    """What a greedy run with `sampling.n` generates: each sample of a row is the row's text."""
+    return {(row, sample): found for (row, _), found in outputs.items() for sample in range(number)}
+
+
+def writer_jobs(folder: Path) -> set[str]:
+    """The Slurm jobs that have taken part in the run."""
+    return {json.loads(path.read_text())["job"] for path in (folder / "run" / "writers").glob("*.json")}
+
+
 def test_two_nodes_in_one_step(cluster, workplace, undisturbed):
     report = submit_demo(cluster, workplace, "--nodes", "2", "--time", "5", settings=["comm.deadline_s=100"])
     assert report["shape"] == {"tasks": 1, "steps": 1, "nodes": 2, "ranks": 4}
@@ -45,24 +55,25 @@ def test_two_nodes_in_one_step(cluster, workplace, undisturbed):
 
 
 def test_an_array_joins_one_run(cluster, workplace, undisturbed):
-    report = submit_demo(cluster, workplace, "--array", "3", "--time", "5")
+    report = submit_demo(cluster, workplace, "--array", "3", "--time", "5", settings=["sampling.n=4"])
     assert report["shape"] == {"tasks": 3, "steps": 1, "nodes": 1, "ranks": 2}
     [job] = report["jobs"]
     cluster.wait(job)
     assert [task["JobState"] for task in cluster.tasks(job)] == ["COMPLETED"] * 3, logs(workplace)
-    assert_same(read_outputs(workplace / "run"), undisturbed)
-    identities = [json.loads(path.read_text()) for path in (workplace / "run" / "writers").glob("*.json")]
-    assert sorted(identity["job"] for identity in identities) == sorted(task["JobId"] for task in cluster.tasks(job))
+    assert_same(read_outputs(workplace / "run"), samples_of(undisturbed, 4))
+    # On a busy machine one of them may come when all is done.
+    assert len(writer_jobs(workplace) & {task["JobId"] for task in cluster.tasks(job)}) >= 2
 
 
 def test_steps_of_one_job(cluster, workplace, undisturbed):
-    report = submit_demo(cluster, workplace, "--steps", "--time", "5", settings=["parallel.tp=1"])
+    report = submit_demo(cluster, workplace, "--steps", "--time", "5", settings=["parallel.tp=1", "sampling.n=4"])
     assert report["shape"] == {"tasks": 1, "steps": 2, "nodes": 1, "ranks": 2}
     record = cluster.wait(report["jobs"][0])
     assert record["JobState"] == "COMPLETED", logs(workplace)
-    assert_same(read_outputs(workplace / "run"), undisturbed)
+    assert_same(read_outputs(workplace / "run"), samples_of(undisturbed, 4))
     identities = [json.loads(path.read_text()) for path in (workplace / "run" / "writers").glob("*.json")]
-    assert len({identity["step"] for identity in identities}) == len(identities) == 2
+    assert len({identity["step"] for identity in identities}) == 2
+    assert writer_jobs(workplace) == {str(report["jobs"][0])}
 
 
 @pytest.mark.parametrize("asked_by", ["a user", pytest.param("the time limit", marks=pytest.mark.full)])
@@ -84,9 +95,7 @@ def test_a_drained_job_goes_on(cluster, workplace, undisturbed, asked_by):
     assert (record["JobState"], record["Restarts"]) == ("COMPLETED", "1"), logs(workplace)
     assert "life 1: not complete; it is requeued and goes on" in logs(workplace)
     assert first_life
-    # Greedy: each sample of a row is the row's text.
-    expected = {(row, sample): found for (row, _), found in undisturbed.items() for sample in range(samples)}
-    assert_same(read_outputs(workplace / "run"), expected)
+    assert_same(read_outputs(workplace / "run"), samples_of(undisturbed, samples))
 
 
 ODD = "a b'c\"d\ne$HOME`f`\\g%h#i;j&k 漢"
