@@ -87,6 +87,7 @@ class Cluster:
         self.namespaces = namespaces
         self.local = folder / "local" / "all"
         """With namespaces: a folder with other content on each node (and empty on the host)."""
+        self.user = _user_name()
         self._keeper: subprocess.Popen | None = None
 
     def __enter__(self) -> Cluster:
@@ -173,7 +174,7 @@ class Cluster:
         records = re.split(r"^(?=JobId=)", text, flags=re.MULTILINE)[1:]  # folders may have line breaks in their names
         return [dict(re.findall(r"([\w/:]+)=(.*?)(?= [A-Z][A-Za-z/:]*=|\s*\Z)", each, re.DOTALL)) for each in records]
 
-    def wait(self, job_id: int, *states: str, within_s: float = 120) -> dict[str, str]:
+    def wait(self, job_id: int, *states: str, within_s: float = 200) -> dict[str, str]:
         """Wait until a job, or all tasks of an array, are in one of `states` (by default: any in which it has ended)."""
         wanted = states or ENDED
         self._until(

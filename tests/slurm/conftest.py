@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,10 +21,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[slurm_cluster.Cluster]:
+def session_cluster() -> Iterator[slurm_cluster.Cluster]:
     """Three nodes with two fake GPUs each, for the whole session; as real as this user may make them."""
     with slurm_cluster.start(3, namespaces=slurm_cluster.can_have_namespaces(), gpus=2) as running:
         yield running
+
+
+@pytest.fixture
+def cluster(session_cluster) -> Iterator[slurm_cluster.Cluster]:
+    """The cluster; a test that fails leaves its jobs to nobody."""
+    yield session_cluster
+    while session_cluster.run("squeue", "--noheader").stdout.strip():
+        session_cluster.run("scancel", f"--user={session_cluster.user}", check=False)
+        time.sleep(0.2)
 
 
 @pytest.fixture

@@ -79,7 +79,7 @@ def test_steps_of_one_job(cluster, workplace, undisturbed):
 @pytest.mark.parametrize("asked_by", ["a user", pytest.param("the time limit", marks=pytest.mark.full)])
 def test_a_drained_job_goes_on(cluster, workplace, undisturbed, asked_by):
     """USR1 comes to the batch shell: partial rows are kept, the job requeues itself and completes."""
-    samples, slurm = (4, {}) if asked_by == "a user" else (60, {"signal_s": 40})
+    samples, slurm = (4, {}) if asked_by == "a user" else (20, {"signal_s": 50})
     settings = ["parallel.tp=1", f"sampling.n={samples}", "run.segment_rows=64", "run.segment_s=0.5"]
     limit = ["--time", "5" if asked_by == "a user" else "1"]
     report = submit_demo(cluster, workplace, *limit, site={"slurm": {"ranks_per_node": 1, **slurm}}, settings=settings)
