@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 
 from hpcinfer.errors import DataError, ExitCode
@@ -22,6 +23,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
         help="override a key of the job file; may be given again",
+    )
+    parser.add_argument(
+        "--site", default="", metavar="NAME", help="site file, by name or path: variables of the cluster, NCCL's among them "
+        "(default: $HPCINFER_SITE)",
     )
     parser.add_argument(
         "--max-failed", metavar="N|P%", dest="overrides", action="append", type=lambda value: f"run.max_failed={value}",
@@ -44,16 +49,22 @@ def execute(args: argparse.Namespace) -> int:
     from hpcinfer.config.load import load_job
     from hpcinfer.launch.env import LaunchEnvironment
     from hpcinfer.launch.report import Place, run_as_rank
+    from hpcinfer.launch.site import apply_site
     from hpcinfer.launch.start import start_ranks
     from hpcinfer.runner.start import ranks_needed
 
     environment = LaunchEnvironment.from_environ()
     if environment.launcher == "none":
+        site, _ = apply_site(args.site, os.environ)
         num_ranks = ranks_needed(load_job(args.job, args.overrides))
         if num_ranks > 1 or environment.in_batch_shell:
-            start_ranks(num_ranks, sys.argv[1:])
+            start_ranks(
+                num_ranks, sys.argv[1:], mpi_flavour=site.slurm.mpi if site else None,
+                srun_args=site.slurm.srun_options if site else (),
+            )
 
     def rank_main(place: Place) -> int:
+        apply_site(args.site, os.environ)  # here, so that a rank that cannot read it ends the others
         return _run(args, environment, place)
 
     return run_as_rank(rank_main)

@@ -1,4 +1,4 @@
-"""Checks that several readers of a model's config share."""
+"""Checks that several readers of configurations share."""
 
 from __future__ import annotations
 
@@ -9,3 +9,8 @@ def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise CheckpointError, which lists what is supported, unless `value` is one of `allowed`."""
     if value not in allowed:
         raise CheckpointError(f"{name} {value!r} is not supported", fix=f"supported: {', '.join(allowed)}")
+
+
+def has_control_characters(text: str) -> bool:
+    """Whether a text holds line breaks, tabs or other control characters of ASCII."""
+    return any(ord(letter) < 32 or ord(letter) == 127 for letter in text)

@@ -1,11 +1,10 @@
-"""Job files: TOML plus `--set section.key=value`, checked as a whole against the dataclasses of `config.job`."""
+"""TOML files checked as a whole against dataclasses: job files with `--set section.key=value`, and what else is read so."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import tomllib
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,15 +21,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
         ConfigError: the file cannot be read, is not TOML, or a key or value is not valid.
         UsageError: an override is not of the form section.key=value.
     """
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            tables = tomllib.loads(file.read())
-    except OSError as error:
-        raise ConfigError(f"cannot read the job file {path}", found=str(error), fix="give the path of a TOML file") from error
-    except ValueError as error:  # of TOML, of UTF-8, or a number of thousands of digits
-        raise ConfigError(f"the job file {path} is not valid TOML", found=str(error)) from error
-    except RecursionError as error:
-        raise ConfigError(f"the job file {path} nests too deeply") from error
+    tables = read_toml(path, "the job file")
     for override in overrides:
         apply_override(tables, override)
     return job_from_tables(tables)
@@ -50,12 +41,37 @@ def apply_override(tables: dict[str, Any], override: str) -> None:
 
 def job_from_tables(tables: Mapping[str, Any]) -> JobConfig:
     """Build a JobConfig from parsed TOML. Raises ConfigError on any unknown, missing or mistyped key."""
-    return _build(JobConfig, tables, "")
+    return from_tables(JobConfig, tables, "the job file")
 
 
 def job_to_tables(job: JobConfig) -> dict[str, Any]:
     """The job as plain nested dicts, every key included: what is recorded with a run."""
     return dataclasses.asdict(job)
+
+
+def read_toml(path: str | Path, what: str) -> dict[str, Any]:
+    """The tables of a TOML file. Raises ConfigError, in which `what` ("the job file") names its kind."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return tomllib.loads(file.read())
+    except OSError as error:
+        raise ConfigError(f"cannot read {what} {path}", found=str(error), fix="give the path of a TOML file") from error
+    except ValueError as error:  # of TOML, of UTF-8, or a number of thousands of digits
+        raise ConfigError(f"{what} {path} is not valid TOML", found=str(error)) from error
+    except RecursionError as error:
+        raise ConfigError(f"{what} {path} nests too deeply") from error
+
+
+def from_tables(kind: type, tables: Mapping[str, Any], what: str) -> Any:
+    """A dataclass from parsed TOML, its fields that are dataclasses from sections.
+
+    Fields may be int, float, str, bool, tuple[int, ...], tuple[str, ...], dict[str, str] and dataclasses; a dataclass with a
+    classmethod `from_text` may also be given as one text.
+
+    Raises:
+        ConfigError: an unknown, missing or mistyped key; `what` ("the job file") names the whole.
+    """
+    return _build(kind, tables, "", what)
 
 
 def _toml_value(text: str) -> Any:
@@ -65,30 +81,39 @@ def _toml_value(text: str) -> Any:
         return text
 
 
-def _build(kind: type, values: Any, where: str) -> Any:
+def _build(kind: type, values: Any, where: str, what: str) -> Any:
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{where or 'the job file'} is not a section", found=repr(values), fix=f"write [{where}] above its keys")
+        raise ConfigError(f"{where or what} is not a section", found=repr(values), fix=f"write [{where}] above its keys")
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for key in values:
         if key not in fields:
             raise _unknown_key(where, key, list(fields))
-    missing = [
-        name for name, field in fields.items() if name not in values and field.default is dataclasses.MISSING
-    ]
+    missing = [name for name, field in fields.items() if name not in values and _has_no_default(field)]
     if missing:
-        raise ConfigError(f"the job does not say {', '.join(_dotted(where, name) for name in missing)}")
+        raise ConfigError(f"{what} does not say {', '.join(_dotted(where, name) for name in missing)}")
     hints = typing.get_type_hints(kind)
-    arguments = {key: _convert(hints[key], value, _dotted(where, key)) for key, value in values.items()}
+    arguments = {key: _convert(hints[key], value, _dotted(where, key), what) for key, value in values.items()}
     return kind(**arguments)
 
 
-def _convert(hint: Any, value: Any, name: str) -> Any:
+def _has_no_default(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _convert(hint: Any, value: Any, name: str, what: str) -> Any:
     if dataclasses.is_dataclass(hint):
-        return _build(hint, value, name)
-    if isinstance(hint, types.GenericAlias):  # tuple[int, ...], the only generic in use
-        if not isinstance(value, (list, tuple)) or not all(_is(int, item) for item in value):
-            raise ConfigError(f"{name} = {value!r}", fix="give a list of whole numbers")
+        if isinstance(value, str) and hasattr(hint, "from_text"):
+            return hint.from_text(value)
+        return _build(hint, value, name, what)
+    if typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        if not isinstance(value, (list, tuple)) or not all(_is(item, each) for each in value):
+            raise ConfigError(f"{name} = {value!r}", fix=f"give a list of {'whole numbers' if item is int else 'texts in quotes'}")
         return tuple(value)
+    if typing.get_origin(hint) is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{name} = {value!r}", fix=f"write [{name}] and below it a line NAME = \"value\" for each")
+        return {key: _convert(str, each, _dotted(name, key), what) for key, each in value.items()}
     if hint is float and _is(int, value):
         return float(value)
     if hint is str and (_is(int, value) or _is(float, value)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from hpcinfer.errors import HpcinferError, LaunchError
 from hpcinfer.launch.env import LaunchEnvironment
 from hpcinfer.launch.process import die_with_parent
 from hpcinfer.launch.report import Place, end_with
+from hpcinfer.launch.site import apply_site
 from hpcinfer.launch.signals import DrainFlag
 from hpcinfer.runner.summary import RunSummary
 
@@ -31,6 +33,8 @@ def run(job: str | Path, overrides: Sequence[str] = (), *, quiet: bool = True) -
     In a process that srun or mpiexec started, all ranks must call it, and each gets the summary. Elsewhere a layout of one
     rank runs in this process; a larger one in ranks that are started for it and end with this process.
 
+    The variable HPCINFER_SITE names the site, as for the command (`launch.site`).
+
     Args:
         job: path of a TOML file.
         overrides: "section.key=value" strings, as `--set` takes them.
@@ -39,6 +43,7 @@ def run(job: str | Path, overrides: Sequence[str] = (), *, quiet: bool = True) -
     Raises:
         HpcinferError: see `errors`.
     """
+    apply_site("", os.environ)
     environment = LaunchEnvironment.from_environ()
     if environment.launcher == "none" and ranks_needed(load_job(job, overrides)) > 1:
         return _run_in_ranks(job, overrides, quiet)

@@ -75,6 +75,7 @@ LIGHT = {
     "status": ["status", "RUN"],
     "inspect": ["inspect", "datasets/demo/prompts.h5"],
     "convert": ["convert", "SRC.txt", "DEST.h5"],
+    "submit": ["submit", "jobs/demo.toml", "--site", "cpu", "--dry-run"],
 }
 
 
