@@ -38,6 +38,7 @@ class Verb(NamedTuple):
 VERBS: dict[str, Verb] = {
     "convert": Verb("hpcinfer.cli.convert", "prompts from JSON Lines, text or foreign HDF5 to a prompts file"),
     "run": Verb("hpcinfer.cli.run", "generate for every prompt of a job; go on with a run that was begun"),
+    "doctor": Verb("hpcinfer.cli.doctor", "look over machine and job before a run: MPI, GPUs, links, files, memory, limits"),
     "status": Verb("hpcinfer.cli.status", "how far a run is"),
     "merge": Verb("hpcinfer.cli.merge", "merge the segments of a run into generations.h5"),
     "export": Verb("hpcinfer.cli.export", "generations to JSON Lines"),
