@@ -1,4 +1,4 @@
-"""Made-up facts of a healthy machine, two nodes of two ranks with a GPU each and two InfiniBand cards, to plant faults in."""
+"""Made-up facts of a healthy machine to plant faults in: two nodes, each of two ranks, two GPUs and two InfiniBand cards."""
 
 from __future__ import annotations
 
@@ -83,7 +83,8 @@ def healthy_facts() -> Facts:
     ranks = range(4)
     places = [place(rank) for rank in ranks]
     job = job_from_tables({
-        "model": {"path": "/models/llama"}, "data": {"prompts": "/data/p.h5", "output": "/scratch/run"}, "parallel": {"tp": 2},
+        "model": {"path": "/models/llama"}, "data": {"prompts": "/data/p.h5", "output": "/scratch/run"},
+        "parallel": {"tp": 2},
     })
     versions = {"hpcinfer": "0.1.0", "torch": "2.11.0", "NCCL": "2.28.9", "cupy": "14.2", "kernel": "6.1"}
     return Facts(
@@ -132,12 +133,12 @@ def reds(findings: Sequence[Finding]) -> list[Finding]:
 
 
 def plant_ports(root: Path, ports: dict[str, dict[str, str]]) -> Path:
-    """A tree such as /sys with InfiniBand devices. `ports`: device -> files that differ from a healthy port's; returns `root`."""
+    """Make a tree like /sys with InfiniBand devices and return `root`. `ports`: device -> files unlike a healthy port's."""
     for device, changes in ports.items():
         files = {
             "state": "4: ACTIVE", "phys_state": "5: LinkUp", "rate": "200 Gb/sec (4X HDR)", "link_layer": "InfiniBand",
-            "numa_node": device[-1], "current_link_width": "16", "max_link_width": "16", "current_link_speed": "16.0 GT/s PCIe",
-            "max_link_speed": "16.0 GT/s PCIe", **changes,
+            "numa_node": device[-1], "current_link_width": "16", "max_link_width": "16",
+            "current_link_speed": "16.0 GT/s PCIe", "max_link_speed": "16.0 GT/s PCIe", **changes,
         }
         for name, text in files.items():
             of_port = name in ("state", "phys_state", "rate", "link_layer")

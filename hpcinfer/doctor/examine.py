@@ -23,6 +23,7 @@ from hpcinfer.doctor.memory import gather_memory, num_ranks_needed
 from hpcinfer.doctor.model import gather_files, gather_model
 from hpcinfer.doctor.network import gather_network
 from hpcinfer.doctor.ports import SYS
+from hpcinfer.doctor.roll_call import GRACE_S, roll_call
 from hpcinfer.doctor.space import expected_writes, gather_space
 from hpcinfer.doctor.versions import gather_versions, judge_versions
 from hpcinfer.errors import CommunicationError, ConfigError, HpcinferError, LaunchError
@@ -30,8 +31,8 @@ from hpcinfer.launch.env import LaunchEnvironment
 
 TRANSFER_S = 20.0
 """A transfer of the probes that takes longer is stuck."""
-PART_S = 90.0
-"""So long ranks wait for each other between transfers: one may be reading headers from a slow file system."""
+PART_S = 50.0
+"""So long rank 0 waits for ranks that are somewhere in a file system."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,32 +53,39 @@ def examine(
     environment: LaunchEnvironment,
     facts: Facts,
     *,
+    begin: Callable[[str], None],
     on_failure: Callable[[CommunicationError], None],
 ) -> None:
     """Gather everything into rank 0's `facts`. Collective.
 
     Args:
         facts: each part is there as soon as it was gathered, so that what is known can be told where ranks stop answering.
+        begin: called with the name of each part before it.
         on_failure: called on another thread where GPUs stop answering.
 
     Raises:
-        CommunicationError: ranks stopped answering in `facts.part`.
+        CommunicationError: ranks stopped answering.
     """
+    begin("job file")
     channel = world.channel
     world.deadline_s = TRANSFER_S
     if world.size > 1:
-        channel.deadline_s = PART_S
+        channel.deadline_s = PART_S + 2 * GRACE_S
     facts.job_path, facts.overrides = options.job, options.overrides
     facts.job, facts.job_error = channel.broadcast(_read_job(options) if world.rank == 0 else None)
     facts.places = name_places(channel.all_gather((world.host, world.node_index, world.local_rank)))
     place = facts.places[world.rank]
+    begin("machine")
     _gather_launch(world, environment, facts, place)
     device = _gather_machine(world, options, environment, facts, place)
+    begin("network")
+    roll_call(world, facts.places, "the network", deadline_s=PART_S)
     _use_gpus(world, facts, on_failure)
-    facts.part = "network"
     facts.network = channel.gather(gather_network(world, facts.places))
-    _gather_output(world, facts, place)
+    begin("output")
+    _gather_output(world, facts)
     if facts.job is not None:
+        begin("job")
         _gather_job(world, facts.job, facts, place, device)
 
 
@@ -102,7 +110,6 @@ def _read_job(options: DoctorOptions) -> tuple[JobConfig | None, HpcinferError |
 
 
 def _gather_launch(world: World, environment: LaunchEnvironment, facts: Facts, place: RankPlace) -> None:
-    facts.part = "launch"
     if world.mpi_comm is not None:
         facts.launch = world.channel.gather(gather_launch(place, environment, world.size))
     elif environment.launcher == "none":
@@ -113,22 +120,20 @@ def _gather_machine(
     world: World, options: DoctorOptions, environment: LaunchEnvironment, facts: Facts, place: RankPlace
 ) -> DeviceFacts:
     channel = world.channel
-    facts.part = "machine"
     on_cpu = facts.device_setting == "cpu"
     device = DeviceFacts(place=place, num_visible=0) if on_cpu else gather_device(place, environment)
-    facts.devices = channel.gather(device)
     mpi = describe_mpi() if world.mpi_comm is not None else ""
-    facts.versions = channel.gather(gather_versions(place, mpi=mpi, has_gpu=device.has_gpu))
-    facts.fabric = channel.gather(gather_fabric(place, gpu_pci=device.pci, sys_root=Path(options.sys_root)))
-    facts.limits = channel.gather(gather_limits(place))
-    facts.part = "clocks"
+    versions = gather_versions(place, mpi=mpi, has_gpu=device.has_gpu)
+    fabric = gather_fabric(place, gpu_pci=device.pci, sys_root=Path(options.sys_root))
+    roll_call(world, facts.places, "devices", deadline_s=PART_S)
+    facts.devices, facts.versions = channel.gather(device), channel.gather(versions)
+    facts.fabric, facts.limits = channel.gather(fabric), channel.gather(gather_limits(place))
     facts.clocks = channel.gather(gather_clock(channel, place))
     return device
 
 
 def _use_gpus(world: World, facts: Facts, on_failure: Callable[[CommunicationError], None]) -> None:
     """Transfers are tried between GPUs, where there is nothing against it."""
-    facts.part = "GPUs"
     usable = None
     if world.rank == 0:
         findings = judge_devices(facts.devices, setting=facts.device_setting) + judge_versions(facts.versions)
@@ -151,20 +156,22 @@ def _as_note(facts: Facts, check: str) -> Iterator[None]:
         facts.notes.append(red_error(check, error))
 
 
-def _gather_output(world: World, facts: Facts, place: RankPlace) -> None:
-    facts.part = "output"
+def _gather_output(world: World, facts: Facts) -> None:
     target = Path("." if facts.job is None else facts.job.data.output)
-    facts.storage = world.channel.gather(gather_storage(world.channel, facts.places, target))
+
+    def meet() -> None:
+        roll_call(world, facts.places, f"the file system of {target}", deadline_s=PART_S)
+
+    facts.storage = world.channel.gather(gather_storage(world.channel, facts.places, target, meet=meet))
     if world.rank == 0:
         facts.space = gather_space(nearest_folder(target))
 
 
 def _gather_job(world: World, job: JobConfig, facts: Facts, place: RankPlace, device: DeviceFacts) -> None:
-    facts.part = "job"
     channel = world.channel
-    seen = channel.gather(
-        gather_files(place, Path(job.model.path), world.num_nodes) if place.local_rank == 0 else None
-    )
+    mine = gather_files(place, Path(job.model.path), world.num_nodes) if place.local_rank == 0 else None
+    roll_call(world, facts.places, f"the files of {job.model.path}", deadline_s=PART_S)
+    seen = channel.gather(mine)
     if world.rank == 0:
         facts.files = [each for each in seen if each is not None]
         facts.model = gather_model(job)

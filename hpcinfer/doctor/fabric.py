@@ -12,12 +12,11 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpcinfer.doctor.finding import Finding, RankPlace, absent, green, host_names, red, who, yellow
+from hpcinfer.doctor.finding import Finding, RankPlace, absent, green, host_names, hosts, red, who, yellow
 from hpcinfer.doctor.ports import SYS, Port, pci_numa_node, read_ports
 
 PEER_MODULES = ("nvidia_peermem", "nv_peer_mem")
 """Kernel modules through which a NIC reads a GPU's memory."""
-_LEAVE_OUT = "leave the node out until then: sbatch --exclude"
 _Members = list[tuple["FabricFacts", Port]]
 """A port of one name on every node that has it."""
 
@@ -81,7 +80,7 @@ def _missing(name: str, members: _Members, nodes: list[FabricFacts]) -> list[Fin
         return []
     return [red(
         "InfiniBand ports", f"no {name} on {host_names(without)}; there is one on {_count(len(members), 'other node')}",
-        f"have the card and its driver looked at (lspci, dmesg); {_LEAVE_OUT}", without,
+        f"have the card and its driver looked at (lspci, dmesg); {_leave_out(without)}", without,
     )]
 
 
@@ -95,7 +94,7 @@ def _down(name: str, members: _Members) -> list[Finding]:
     found = f"{name} is {down[0][1].state} ({down[0][1].physical}) on {host_names(places)}"
     if num_up or any(not any(port.is_up for port in node.ports) for node, _ in down):
         found += f", ACTIVE on {_count(num_up, 'other node')}" if num_up else ", and no port there is up"
-        fix = f"have cable, switch port and subnet manager looked at (ibstat, ibdiagnet); {_LEAVE_OUT}"
+        fix = f"have cable, switch port and subnet manager looked at (ibstat, ibdiagnet); {_leave_out(places)}"
         return [red("InfiniBand ports", found, fix, places)]
     fix = f"a port without a cable: keep NCCL and UCX off it (NCCL_IB_HCA=^{name}, UCX_NET_DEVICES with the others)"
     return [yellow("InfiniBand ports", found, fix, places)]
@@ -110,7 +109,7 @@ def _slow(name: str, members: _Members) -> list[Finding]:
     places = [node.place for node, _ in slow]
     return [red(
         "InfiniBand rate", f"{name} runs at {slow[0][1].rate} on {host_names(places)}, others at {usual:g} Gb/sec",
-        f"have the cable reseated or changed (ibdiagnet finds the bad one); {_LEAVE_OUT}", places,
+        f"have the cable reseated or changed (ibdiagnet finds the bad one); {_leave_out(places)}", places,
     )]
 
 
@@ -155,7 +154,7 @@ def _misplaced(name: str, members: _Members) -> list[Finding]:
     return [red(
         "NIC placement",
         f"{name} is on NUMA node {odd[0][1].numa_node} of {host_names(places)}, on {usual} of {_count(number, 'other node')}",
-        f"have the card put into the slot that the others have it in; {_LEAVE_OUT}", places,
+        f"have the card put into the slot that the others have it in; {_leave_out(places)}", places,
     )]
 
 
@@ -185,6 +184,10 @@ def _near_gpus(facts: Sequence[FabricFacts]) -> list[Finding]:
         "put NICs and GPUs on the same side (slots, BIOS), or give ranks that talk between nodes the GPUs that have one "
         "(--gpu-bind, NCCL_IB_HCA)", places,
     )]
+
+
+def _leave_out(places: Sequence[RankPlace]) -> str:
+    return f"leave it out until then: sbatch --exclude={','.join(hosts(places))}"
 
 
 def _count(number: int, what: str) -> str:

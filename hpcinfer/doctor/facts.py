@@ -31,7 +31,7 @@ class Facts:
     notes: list[Finding] = dataclasses.field(default_factory=list)
     """Found on the way: where ranks did not become one world, or stopped answering."""
     part: str = "start"
-    """What is being gathered."""
+    """What is being gathered, for the report of ranks that stop answering."""
     places: list[RankPlace] = dataclasses.field(default_factory=list)
     job: JobConfig | None = None
     job_error: HpcinferError | None = None

@@ -10,7 +10,7 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hpcinfer.comm.host import HostChannel
@@ -52,14 +52,22 @@ class StorageFacts:
     """Numbers of the names that this rank was told it has, one of them twice where it was told so twice."""
 
 
-def gather_storage(channel: HostChannel, places: Sequence[RankPlace], target: Path) -> StorageFacts:
-    """Try the file system of `target`. Collective; some ranks of each node take part."""
+def gather_storage(
+    channel: HostChannel, places: Sequence[RankPlace], target: Path, *, meet: Callable[[], None] = lambda: None
+) -> StorageFacts:
+    """Try the file system of `target`. Collective; some ranks of each node take part.
+
+    Args:
+        places: of all ranks, in rank order.
+        meet: waits for all ranks, where some may be stuck in the file system.
+    """
     place = places[channel.rank]
     above = nearest_folder(target)
     folder = above / channel.broadcast(f"{TEMPORARY_PREFIX}doctor.{os.getpid()}.{os.urandom(4).hex()}")
     facts = StorageFacts(place=place, folder=str(above), took_part=place.local_rank < _RANKS_A_NODE)
     if facts.took_part:
         facts = _write(facts, folder)
+    meet()
     members = channel.all_gather(facts.took_part and not facts.error)
     takes_part = members[channel.rank]
     if takes_part:

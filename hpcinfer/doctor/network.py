@@ -44,7 +44,11 @@ class NetworkFacts:
 
 
 def gather_network(world: World, places: Sequence[RankPlace]) -> NetworkFacts:
-    """Measure, all nodes at once. Collective. `places`: of all ranks, in rank order."""
+    """Measure, all nodes at once. Collective; making communicators has no deadline, so that all ranks must be known to come.
+
+    Args:
+        places: of all ranks, in rank order.
+    """
     place = places[world.rank]
     facts = NetworkFacts(place=place, transport="MPI" if world.nccl is None else "NCCL")
     if world.size == 1:
@@ -96,10 +100,8 @@ def _judge_inside(firsts: list[NetworkFacts]) -> list[Finding]:
     rates = {each.place: each.inside.bytes_per_s for each in measured}
     pairs = [pair for each in measured for pair in each.inside_pairs]
     text = _text(measured[0].transport, [each.inside for each in measured], pairs)
-    findings = _slow_nodes("links inside nodes", rates, "all-reduces", text) + _late_nodes(
-        "latency inside nodes", {each.place: each.inside.latency_s for each in measured}
-    )
-    return findings or [green("links inside nodes", text)]
+    findings = _slow_nodes("links inside nodes", rates, "all-reduces", text) or [green("links inside nodes", text)]
+    return findings + _late_nodes("latency inside nodes", {each.place: each.inside.latency_s for each in measured})
 
 
 def _judge_between(firsts: list[NetworkFacts], fabric_bytes_per_s: float, spans: bool) -> list[Finding]:
@@ -115,28 +117,26 @@ def _judge_between(firsts: list[NetworkFacts], fabric_bytes_per_s: float, spans:
     if len(measured) > 2:  # of two nodes, the one that receives slowly is the one that is sent to slowly
         named = {place for finding in findings for place in finding.where}
         findings += [each for each in _slow_nodes(name, came, "receives", text) if not named & set(each.where)]
-    findings += _late_nodes("latency between nodes", {
-        each.place: min(pair.latency_s for pair in each.between_pairs) for each in measured
-    })
     usual = statistics.median_high(sent.values())
     share = FABRIC_SHARE[measured[0].transport]
     if usual < share * fabric_bytes_per_s:
         findings.append(red(
-            "links between nodes", f"{_rate(usual)}, where InfiniBand has {_rate(fabric_bytes_per_s)}: {text}",
+            name, f"{_rate(usual)}, where InfiniBand has {_rate(fabric_bytes_per_s)}: {text}",
             "transfers do not use it: NCCL_IB_HCA and NCCL_SOCKET_IFNAME for NCCL (NCCL_DEBUG=INFO says what it took), "
             "UCX_TLS and UCX_NET_DEVICES for MPI",
         ))
     elif spans and usual < MODEST_BYTES_PER_S and not findings:
         findings.append(yellow(
-            "links between nodes", f"{text}, and this layout splits a replica over nodes",
+            name, f"{text}, and this layout splits a replica over nodes",
             "keep tp * sp * pp within the ranks of a node, or split over nodes by pp alone",
         ))
     elif usual < POOR_BYTES_PER_S and not findings:
         findings.append(yellow(
-            "links between nodes", f"{text}: less than Gigabit Ethernet",
+            name, f"{text}: less than Gigabit Ethernet",
             "look at what MPI took, perhaps a management network (UCX_NET_DEVICES, UCX_TLS), and at the switch between them",
         ))
-    return findings or [green("links between nodes", text)]
+    latencies = {each.place: min(pair.latency_s for pair in each.between_pairs) for each in measured}
+    return (findings or [green(name, text)]) + _late_nodes("latency between nodes", latencies)
 
 
 def _received(measured: Sequence[NetworkFacts]) -> dict[RankPlace, float]:

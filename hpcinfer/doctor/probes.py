@@ -22,7 +22,7 @@ LARGE_BYTES = 16 * 2**20
 """About what a prefill step reduces."""
 _SMALL_REPEATS = 20
 _LARGE_REPEATS = 4
-_BUDGET_S = 0.5
+_BUDGET_S = 1.0
 """What the large transfers of one measurement may take."""
 
 
@@ -139,7 +139,7 @@ def _received_and_answered(comm: Communicator, peer: int, num_bytes: int) -> Non
 def _affordable(middle_s: float) -> int:
     """Bytes of the large transfers, where MIDDLE_BYTES take so long; MIDDLE_BYTES where more would take too long."""
     large_s = middle_s * LARGE_BYTES / MIDDLE_BYTES
-    return LARGE_BYTES if _LARGE_REPEATS * large_s <= 4 * _BUDGET_S else MIDDLE_BYTES
+    return LARGE_BYTES if _LARGE_REPEATS * large_s <= _BUDGET_S else MIDDLE_BYTES
 
 
 def _agreed(comm: Communicator, elapsed_s: float) -> float:

@@ -1,14 +1,7 @@
-"""Into the world without hanging: what keeps ranks from becoming one world is a finding, not an end.
-
-MPI's start blocks in C code, where neither a signal handler nor another thread of this interpreter runs. A small process
-beside the rank waits with it, and where MPI is not up in time prints what was prepared and ends the rank.
-"""
+"""Into the world: what keeps ranks from becoming one world is a finding, not an end."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 
 from hpcinfer.comm.bootstrap import World, local_world, start_world
@@ -24,21 +17,16 @@ START_S = 40.0
 """How long ranks may take to meet in MPI; slow file systems make some import late."""
 LINGER_S = 3.0
 """Ranks that do not print wait so long for the one that does: launchers may kill it when they end first."""
-_COMPANION = (
-    "import os, sys, time; time.sleep(float(sys.argv[1])); sys.stdout.write(sys.argv[2]); sys.stdout.flush(); "
-    "os.kill(int(sys.argv[3]), 9)"
-)
 
 
-def enter(environment: LaunchEnvironment, place: Place, *, stuck_report: str) -> tuple[World | None, list[Finding]]:
+def enter(environment: LaunchEnvironment, place: Place) -> tuple[World | None, list[Finding]]:
     """The world that this process is a rank of, and what was wrong with it.
 
-    Where MPI does not come up, or each rank is alone in its world, the rank that the launcher calls 0 goes on in a world of
-    its own, so that it can say so beside everything else that it finds.
+    Where MPI does not load, or each rank is alone in its world, the rank that the launcher calls 0 goes on in a world of its
+    own, so that it can say so beside everything else that it finds.
 
     Args:
         place: filled in, so that errors can be reported from the right rank and end all ranks.
-        stuck_report: what the rank that the launcher calls 0 prints where MPI is not up within `START_S`.
 
     Returns:
         None for a rank that has nothing to do.
@@ -50,7 +38,6 @@ def enter(environment: LaunchEnvironment, place: Place, *, stuck_report: str) ->
         return local_world(), []
     die_with_parent()
     is_first = environment.launcher_rank == 0
-    companion = _start_companion(stuck_report if is_first else "")
     try:
         MPI = load_mpi()
     except LaunchError as error:
@@ -59,9 +46,6 @@ def enter(environment: LaunchEnvironment, place: Place, *, stuck_report: str) ->
             raise
         place.size = 1
         return local_world(), [red_error("MPI library", error)]
-    finally:
-        companion.kill()
-        companion.wait()
     comm = MPI.COMM_WORLD
     error = singleton_error(environment, comm.Get_size(), comm.Get_rank(), vendor=MPI.get_vendor()[0])
     if error is not None:
@@ -72,18 +56,11 @@ def enter(environment: LaunchEnvironment, place: Place, *, stuck_report: str) ->
     return world, []
 
 
-def stuck_in_start(environment: LaunchEnvironment) -> Finding:
-    """What is the matter where MPI does not come up."""
+def never_met(environment: LaunchEnvironment) -> Finding:
+    """What is the matter where the world does not come into being."""
     return red(
         "MPI world",
         f"the {environment.expected_ranks} ranks of {environment.launcher} did not meet in MPI within {START_S:g} s",
         "look for a rank that could not start (its error is above), for a firewall between the nodes, and for a network "
         "device that some nodes lack (UCX_NET_DEVICES, FI_PROVIDER); see `srun --mpi=list`",
-    )
-
-
-def _start_companion(report: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _COMPANION, str(START_S), report, str(os.getpid())],
-        stdin=subprocess.DEVNULL, preexec_fn=die_with_parent,
     )

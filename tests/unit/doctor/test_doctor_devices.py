@@ -16,7 +16,7 @@ from hpcinfer.launch.env import LaunchEnvironment
 from tests.doctor_facts import GIB, change, healthy_facts, place
 
 VERSION = (
-    "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.82.07  Release Build  (dvs-builder@U22-I3)  Wed Aug 27 2025\n"
+    "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.82.07  Release Build  (dvs-builder@U22-I3)  Wed Aug 27\n"
     "GCC version:  gcc version 12.2.0 (Debian 12.2.0-14)\n"
 )
 
@@ -33,7 +33,8 @@ def plant_proc(root):
     for pci, uuid in (("0000:1b:00.0", "GPU-aaaa-1"), ("0000:cb:00.0", "GPU-bbbb-2")):
         folder = root / "driver/nvidia/gpus" / pci
         folder.mkdir(parents=True)
-        (folder / "information").write_text(f"Model: \t\t NVIDIA H100\nIRQ:   \t\t 18\nGPU UUID: \t {uuid}\nBus Location: \t {pci}\n")
+        text = f"Model: \t\t NVIDIA H100\nIRQ:   \t\t 18\nGPU UUID: \t {uuid}\nBus Location: \t {pci}\n"
+        (folder / "information").write_text(text)
     (root / "driver/nvidia/version").write_text(VERSION)
     return root
 
@@ -119,7 +120,8 @@ def test_a_gpu_is_read_and_bound(monkeypatch, tmp_path):
 
     monkeypatch.setattr(devices.torch, "cuda", Cuda)
     monkeypatch.setattr(devices.torch.version, "cuda", "13.0")
-    facts = gather_device(place(3, ranks_a_node=4), LaunchEnvironment({"CUDA_VISIBLE_DEVICES": "0,1"}), proc=plant_proc(tmp_path))
+    environment = LaunchEnvironment({"CUDA_VISIBLE_DEVICES": "0,1"})
+    facts = gather_device(place(3, ranks_a_node=4), environment, proc=plant_proc(tmp_path))
     assert bound == [1]
     assert (facts.uuid, facts.pci, facts.free_bytes, facts.total_bytes) == ("bbbb-2", "0000:cb:00.0", 71, 80)
     assert facts.driver == "580.82.07" and facts.visible_devices == ("0", "1") and "CUDA 13.0" in facts.torch_build

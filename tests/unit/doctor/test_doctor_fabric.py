@@ -17,11 +17,13 @@ def node_of(tmp_path, rank, ports):
 
 
 def troubles(facts):
-    return [(finding.check, str(finding.level)) for finding in judge_fabric(facts) if finding.level in (Level.RED, Level.YELLOW)]
+    found = judge_fabric(facts)
+    return [(finding.check, str(finding.level)) for finding in found if finding.level in (Level.RED, Level.YELLOW)]
 
 
 def test_a_tree_is_read(tmp_path):
-    ports = read_ports(plant_ports(tmp_path, {"mlx5_1": {"numa_node": "-1"}, "mlx5_0": {"state": "1: DOWN", "phys_state": "3: Disabled"}}))
+    down = {"state": "1: DOWN", "phys_state": "3: Disabled"}
+    ports = read_ports(plant_ports(tmp_path, {"mlx5_1": {"numa_node": "-1"}, "mlx5_0": down}))
     assert ports == (port("mlx5_0", state="DOWN", physical="Disabled"), port("mlx5_1", numa_node=None))
     assert read_ports(tmp_path / "nothing") == ()
 

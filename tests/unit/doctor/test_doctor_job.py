@@ -15,7 +15,9 @@ from hpcinfer.comm.host import LocalHostChannel
 from hpcinfer.config.load import job_from_tables
 from hpcinfer.doctor import limits
 from hpcinfer.doctor.finding import Level, RankPlace
-from hpcinfer.doctor.limits import ClockFacts, LimitFacts, clock_facts, gather_clock, gather_limits, judge_clocks, judge_limits
+from hpcinfer.doctor.limits import (
+    ClockFacts, LimitFacts, clock_facts, gather_clock, gather_limits, judge_clocks, judge_limits,
+)
 from hpcinfer.doctor.memory import MemoryFacts, gather_memory, judge_layout, judge_memory, spans_nodes
 from hpcinfer.doctor.model import FileFacts, gather_files, gather_model, judge_model
 from tests.conftest import ROOT
@@ -131,7 +133,8 @@ def test_layouts():
     mesh, findings = layout_of({"tp": 2}, places)
     assert findings[0].found == "4 ranks: dp 2 x pp 1 x sp 1 x tp 2" and not spans_nodes(mesh, places)
     mesh, findings = layout_of({"tp": 4}, places)
-    assert findings[0].level is Level.YELLOW and "1 tp groups reach over nodes" in findings[0].found and spans_nodes(mesh, places)
+    assert findings[0].level is Level.YELLOW and "1 tp groups reach over nodes" in findings[0].found
+    assert spans_nodes(mesh, places)
     mesh, findings = layout_of({"tp": 2, "pp": 2}, places)
     assert findings[0].level is Level.GREEN and spans_nodes(mesh, places)
     for parallel in ({"tp": 3}, {"pp": 3}, {"tp": 2, "dp": 1}):
@@ -161,7 +164,8 @@ def test_memory():
 def test_memory_of_this_machine():
     one, four = (gather_memory(place(0), num_local_ranks=number, gpu_free_bytes=None).free_bytes for number in (1, 4))
     assert 0 < four < one
-    assert gather_memory(place(0), num_local_ranks=1, gpu_free_bytes=5) == MemoryFacts(place=place(0), free_bytes=5, device_type="cuda")
+    of_gpu = MemoryFacts(place=place(0), free_bytes=5, device_type="cuda")
+    assert gather_memory(place(0), num_local_ranks=1, gpu_free_bytes=5) == of_gpu
 
 
 # -- limits and clocks --------------------------------------------------------------------------------------------------
@@ -203,9 +207,12 @@ def test_this_clock():
 
 def test_clocks():
     def of(*ahead: float):
-        return judge_clocks([ClockFacts(place=place(2 * node), ahead_s=each, error_s=0.001) for node, each in enumerate(ahead)])
+        return judge_clocks([
+            ClockFacts(place=place(2 * node), ahead_s=each, error_s=0.001) for node, each in enumerate(ahead)
+        ])
 
     assert of(0.0).level is Level.ABSENT and of(0.0, 0.4, -0.3).level is Level.GREEN
     late = of(0.0, 0.1, -5.0)
     assert late.level is Level.YELLOW and late.where == ("n2",) and "-5.0 s" in late.found
-    assert of(100.0, 0.0, 0.1).level is Level.RED and of(100.0, 0.0, 0.1).where == ("n0",), "rank 0's own may be the wrong one"
+    wrong = of(100.0, 0.0, 0.1)
+    assert wrong.level is Level.RED and wrong.where == ("n0",), "rank 0's own may be the wrong one"

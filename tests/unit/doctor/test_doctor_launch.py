@@ -15,7 +15,9 @@ from tests.doctor_facts import change, healthy_facts
 
 LISTS = {
     "22.05": ("MPI plugin types are...\n\tnone\n\tpmi2\n\tcray_shasta\n", ("none", "pmi2", "cray_shasta")),
-    "20.02": ("srun: MPI types are...\nsrun: pmix_v3\nsrun: none\nsrun: pmix\nsrun: pmi2\n", ("pmix_v3", "none", "pmix", "pmi2")),
+    "20.02": (
+        "srun: MPI types are...\nsrun: pmix_v3\nsrun: none\nsrun: pmix\nsrun: pmi2\n", ("pmix_v3", "none", "pmix", "pmi2"),
+    ),
     "23.11": (
         "MPI plugin types are...\n\tnone\n\tpmix\nspecific pmix plugin versions available: pmix_v4,pmix_v5\n",
         ("none", "pmix", "pmix_v4", "pmix_v5"),

@@ -57,7 +57,8 @@ def test_a_node_that_receives_slowly():
     """What others send to node 2 is slow, what it sends is not."""
     facts = nodes([20e9] * 4)
     for index in (0, 2, 6):
-        pairs = [dataclasses.replace(pair, bytes_per_s=2e9) if pair.peer == 2 else pair for pair in facts[index].between_pairs]
+        pairs = facts[index].between_pairs
+        pairs = [dataclasses.replace(pair, bytes_per_s=2e9) if pair.peer == 2 else pair for pair in pairs]
         facts[index] = dataclasses.replace(facts[index], between_pairs=tuple(pairs))
     finding = between(facts)
     assert finding.level is Level.RED and finding.where == ("n2",) and "n2 receives at 2 GB/s" in finding.found
@@ -71,7 +72,8 @@ def test_half_as_fast_is_yellow():
 
 def test_links_that_do_not_use_the_fabric():
     finding = between(nodes([1e9] * 3), fabric_bytes_per_s=25e9)
-    assert finding.level is Level.RED and "1 GB/s, where InfiniBand has 25 GB/s" in finding.found and "UCX_TLS" in finding.fix
+    assert finding.level is Level.RED and "1 GB/s, where InfiniBand has 25 GB/s" in finding.found
+    assert "UCX_TLS" in finding.fix
     # MPI moves host memory with one core: less is expected of it.
     assert between(nodes([4e9] * 3, transport="MPI"), fabric_bytes_per_s=25e9).level is Level.GREEN
     assert between(nodes([4e9] * 3, transport="NCCL"), fabric_bytes_per_s=25e9).level is Level.RED

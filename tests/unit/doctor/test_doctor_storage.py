@@ -18,8 +18,11 @@ from hpcinfer.doctor.storage import judge_storage
 from tests.doctor_facts import GIB, change, place, storage
 
 LUSTRE = "       /lustre/scratch  50560*  30720   51200 6d23h59m46s     101    100     200 6d23h59m50s\n"
-LUSTRE_NO_LIMIT = "Disk quotas for usr bob (uid 500):\n     Filesystem  kbytes   quota   limit   grace   files   quota   limit   grace\n" \
+LUSTRE_NO_LIMIT = (
+    "Disk quotas for usr bob (uid 500):\n"
+    "     Filesystem  kbytes   quota   limit   grace   files   quota   limit   grace\n"
     "/lustre/scratch  134748       0       0       -    5027       0       0       -\n"
+)
 LOCAL = (
     "Disk quotas for user bob (uid 500): \n"
     "     Filesystem  blocks   quota   limit   grace   files   quota   limit   grace\n"
@@ -70,7 +73,8 @@ def test_a_folder_that_is_not_shared():
 
 
 @pytest.mark.parametrize(
-    ("number", "fix"), [(errno.EROFS, "read-only"), (errno.ENOSPC, "make room"), (errno.EDQUOT, "quota"), (errno.EIO, "looked at")]
+    ("number", "fix"),
+    [(errno.EROFS, "read-only"), (errno.ENOSPC, "make room"), (errno.EDQUOT, "quota"), (errno.EIO, "looked at")],
 )
 def test_why_it_cannot_be_written(number, fix):
     facts = [storage(0, error=os.strerror(number), error_number=number)]

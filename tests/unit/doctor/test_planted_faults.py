@@ -37,7 +37,9 @@ def missing_shard(facts: Facts) -> None:
 
 def read_only(facts: Facts) -> None:
     for index in (2, 3):
-        facts.storage = change(facts.storage, index, error="[Errno 30] Read-only file system", error_number=errno.EROFS, won=())
+        facts.storage = change(
+            facts.storage, index, error="[Errno 30] Read-only file system", error_number=errno.EROFS, won=()
+        )
     for index in (0, 1):  # the names go to the others
         facts.storage = change(facts.storage, index, won=tuple(range(index, 32, 2)))
 
