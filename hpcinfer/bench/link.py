@@ -1,9 +1,8 @@
-"""A slow network on one machine: two network namespaces, one rank in each, joined by a rate-limited link.
+"""A slow network on one machine: network namespaces, one rank in each, joined by rate-limited links to a bridge.
 
-The ends of a veth pair lie in two anonymous namespaces, each held open by a sleeping process that the kernel kills
-with this one: however this process ends, nothing stays behind, and the machine's own network is never touched.
-`tc tbf` limits what leaves each end. It needs root and the programs in PROGRAMS; where that is missing, ranks talk over
-loopback.
+Every rank has an anonymous namespace, and the bridge has one, each held open by a sleeping process that the kernel kills with this
+one: however this process ends, nothing stays behind, and the machine's own network is never touched. `tc tbf` limits what leaves
+each rank and what comes to it. It needs root and the programs in PROGRAMS; where that is missing, ranks talk over loopback.
 
 Both forms make MPICH use TCP and take its ranks for ranks of different nodes; it would share memory otherwise,
 namespaces or not.
@@ -26,6 +25,7 @@ from hpcinfer.launch.start import find_mpiexec, mpiexec_command, mpiexec_vendor,
 PROGRAMS = ("ip", "tc", "nsenter", "unshare", "mount")
 NUM_RANKS = 2
 _DEVICE = "hpcinfer0"
+_BRIDGE = "hpcinfer-bridge"
 _NETWORK = "10.77.0"
 _LATENCY_MS = 50
 """How long a packet may queue before it is dropped."""
@@ -36,7 +36,7 @@ _TCP_ENVIRONMENT = {"UCX_TLS": "tcp,self", "MPIR_CVAR_NOLOCAL": "1"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Link:
-    """What two ranks talk over, and how to start them there."""
+    """What ranks talk over, and how to start them there."""
 
     description: str
     """For people: what kind of link, or why it is only loopback."""
@@ -53,6 +53,19 @@ def rate_limited_link(rate_bits_per_s: float) -> Iterator[Link]:
     Raises:
         LaunchError: it cannot be made here; `found` has the reason.
     """
+    with rate_limited_network([rate_bits_per_s] * NUM_RANKS) as link:
+        yield dataclasses.replace(
+            link, description=f"rate-limited {rate_bits_per_s / 1e9:g} Gbit/s veth between two network namespaces"
+        )
+
+
+@contextlib.contextmanager
+def rate_limited_network(rates_bits_per_s: Sequence[float]) -> Iterator[Link]:
+    """A namespace for each rate, whose rank sends and receives so many bits per second, for as long as the context lasts.
+
+    Raises:
+        LaunchError: it cannot be made here; `found` has the reason.
+    """
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
     if os.geteuid() != 0 or missing:
         reason = f"no {', '.join(missing)} on PATH" if missing else "not root"
@@ -60,12 +73,12 @@ def rate_limited_link(rate_bits_per_s: float) -> Iterator[Link]:
     holders: list[subprocess.Popen] = []
     try:
         try:
-            _make(holders, rate_bits_per_s)
+            _make(holders, rates_bits_per_s)
         except (OSError, subprocess.SubprocessError) as cause:
             raise _unavailable((getattr(cause, "stderr", "") or str(cause)).strip()) from cause
         yield Link(
-            description=f"rate-limited {rate_bits_per_s / 1e9:g} Gbit/s veth between two network namespaces",
-            prefixes=tuple(_enter(holder) for holder in holders),
+            description=f"{len(rates_bits_per_s)} network namespaces at a bridge",
+            prefixes=tuple(_enter(holder) for holder in holders[1:]),
             environment={**_TCP_ENVIRONMENT, "UCX_NET_DEVICES": _DEVICE},
         )
     finally:
@@ -108,10 +121,10 @@ def open_link(kind: str, rate_bits_per_s: float) -> Iterator[Link]:
 
 
 def run_on_link(link: Link, argv: Sequence[str]) -> int:
-    """Start two ranks of `hpcinfer *argv` on the link and wait for them. Returns their exit code."""
+    """Start a rank of `hpcinfer *argv` at each end of the link and wait for them. Returns their exit code."""
     mpiexec = find_mpiexec()
     command = mpiexec_command(
-        NUM_RANKS, [], os.environ, mpiexec=mpiexec, vendor=mpiexec_vendor(mpiexec),
+        len(link.prefixes), [], os.environ, mpiexec=mpiexec, vendor=mpiexec_vendor(mpiexec),
         num_cores=len(os.sched_getaffinity(0)), is_root=os.geteuid() == 0,
     )
     line = command.argv[: command.argv.index("-n")]
@@ -136,13 +149,13 @@ def _unavailable(reason: str) -> LaunchError:
     )
 
 
-def _make(holders: list[subprocess.Popen], rate_bits_per_s: float) -> None:
-    """Add the holders of two namespaces to `holders` and join them. Raises OSError or SubprocessError."""
-    for _ in range(NUM_RANKS):
+def _make(holders: list[subprocess.Popen], rates_bits_per_s: Sequence[float]) -> None:
+    """Add to `holders` that of the bridge's namespace, then one for each rate, joined to it. Raises OSError or SubprocessError."""
+    for _ in range(1 + len(rates_bits_per_s)):
         holders.append(_hold_namespace())
     for holder in holders:
         _wait_until(lambda holder=holder: _has_own_namespace(holder), "a new network namespace")
-    _join(holders, rate_bits_per_s)
+    _join(holders[0], holders[1:], rates_bits_per_s)
 
 
 def _hold_namespace() -> subprocess.Popen:
@@ -168,17 +181,21 @@ def _enter(holder: subprocess.Popen) -> tuple[str, ...]:
     return ("nsenter", f"--net={_namespace(holder)}", "unshare", "--mount", "sh", "-c", show_devices, "rank")
 
 
-def _join(holders: Sequence[subprocess.Popen], rate_bits_per_s: float) -> None:
-    first, second = holders
-    _inside(first, "ip", "link", "add", _DEVICE, "type", "veth", "peer", "name", _DEVICE, "netns", str(second.pid))
-    for number, holder in enumerate(holders, start=1):
+def _join(bridge: subprocess.Popen, holders: Sequence[subprocess.Popen], rates_bits_per_s: Sequence[float]) -> None:
+    _inside(bridge, "ip", "link", "add", _BRIDGE, "type", "bridge")
+    _inside(bridge, "ip", "link", "set", _BRIDGE, "up")
+    for number, (holder, rate) in enumerate(zip(holders, rates_bits_per_s, strict=True), start=1):
+        port = f"{_DEVICE}-{number}"
+        _inside(holder, "ip", "link", "add", _DEVICE, "type", "veth", "peer", "name", port, "netns", str(bridge.pid))
+        _inside(bridge, "ip", "link", "set", port, "master", _BRIDGE, "up")
         _inside(holder, "ip", "address", "add", f"{_NETWORK}.{number}/24", "dev", _DEVICE)
         for device in ("lo", _DEVICE):
             _inside(holder, "ip", "link", "set", device, "up")
-        _inside(
-            holder, "tc", "qdisc", "add", "dev", _DEVICE, "root", "tbf", "rate", f"{round(rate_bits_per_s)}bit",
-            "burst", str(_BURST_BYTES), "latency", f"{_LATENCY_MS}ms",
-        )
+        for end, device in ((holder, _DEVICE), (bridge, port)):
+            _inside(
+                end, "tc", "qdisc", "add", "dev", device, "root", "tbf", "rate", f"{round(rate)}bit",
+                "burst", str(_BURST_BYTES), "latency", f"{_LATENCY_MS}ms",
+            )
     for holder in holders:
         # UCX takes a device only once it has a carrier, which comes a moment after both ends are up.
         _wait_until(

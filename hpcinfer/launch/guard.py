@@ -23,15 +23,26 @@ def check_world(environment: LaunchEnvironment, world_size: int, world_rank: int
         LaunchError: `agreed` is set on it, because every rank of such a launch raises the same: the one that the
             launcher calls rank 0 at once, the others a little later.
     """
+    error = singleton_error(environment, world_size, world_rank, vendor=vendor)
+    if error is None:
+        return
+    if environment.launcher_rank != 0:
+        time.sleep(LINGER_S)
+    raise error
+
+
+def singleton_error(
+    environment: LaunchEnvironment, world_size: int, world_rank: int, *, vendor: str = ""
+) -> LaunchError | None:
+    """What is wrong where MPI has a world of one rank and the launcher started more; see `check_world`."""
     expected = environment.expected_ranks
     if world_size != 1 or expected <= 1:
-        return
+        return None
     library = vendor or "the MPI of this environment"
     if environment.launcher == "srun":
-        flavour = "pmix" if "open mpi" in vendor.lower() else "pmi2"
         fix = (
-            f"start with srun --mpi={flavour} ({library}; MPICH and Intel MPI take pmi2, Open MPI takes pmix), see "
-            "`srun --mpi=list`, and keep one MPI per environment"
+            f"start with srun --mpi={srun_flavour(vendor)} ({library}; MPICH and Intel MPI take pmi2, Open MPI takes pmix), "
+            "see `srun --mpi=list`, and keep one MPI per environment"
         )
     else:
         fix = (
@@ -43,6 +54,9 @@ def check_world(environment: LaunchEnvironment, world_size: int, world_rank: int
         fix=fix,
     )
     error.agreed = True
-    if environment.launcher_rank != 0:
-        time.sleep(LINGER_S)
-    raise error
+    return error
+
+
+def srun_flavour(vendor: str) -> str:
+    """The value of `srun --mpi` for an MPI library: pmix for Open MPI, pmi2 for MPICH and its kin."""
+    return "pmix" if "open mpi" in vendor.lower() else "pmi2"

@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from hpcinfer.errors import LaunchError
 from hpcinfer.launch.env import LaunchEnvironment
+from hpcinfer.launch.guard import srun_flavour
 
 LAUNCHER_PREFIXES = ("SLURM_", "PMI_", "PMIX_", "OMPI_", "PRTE_", "HYDI_", "MPI_LOCAL")
 """Variables with which one launcher tells its processes who they are; another launcher would believe them."""
@@ -54,7 +55,7 @@ def start_ranks(
         raise LaunchError("ranks cannot be started here", found="MPI is already initialised in this process")
     environment = LaunchEnvironment.from_environ()
     if environment.in_batch_shell and shutil.which("srun"):
-        flavour = mpi_flavour or ("pmix" if _vendor_or_none() == "Open MPI" else "pmi2")
+        flavour = mpi_flavour or srun_flavour(_vendor_or_none() or "")
         command = srun_command(num_ranks, argv, environment.variables, flavour=flavour, srun_args=srun_args)
     else:
         if num_ranks is None:

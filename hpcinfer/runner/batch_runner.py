@@ -5,7 +5,9 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
+import os
 import time
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from hpcinfer.engine.profile import meter_of
 from hpcinfer.errors import ResumableError
 from hpcinfer.launch.env import LaunchEnvironment
 from hpcinfer.launch.signals import DrainFlag
+from hpcinfer.launch.site import apply_site
 from hpcinfer.models.weights import load_stage
 from hpcinfer.observe.log import close_log, rank_log
 from hpcinfer.observe.metrics import PHASES, PhaseClock
@@ -96,10 +99,12 @@ def run_job(
             _layout(checked, world.size), world.device.type, plan.attention.name,
             "captured" if plan.graphs else "not captured",
         )
+        if (site := apply_site("", os.environ)[1]).site:
+            log.info("site %s sets %s; kept as they were: %s", site.site, _named(site.from_site), _named(site.from_user))
         for name, condition in plan.passed_over.items():
             log.info("attention %s would be preferred: %s", name, condition)
         if world.nccl_settings:
-            log.info("NCCL %s", ", ".join(f"{name} {value}" for name, value in world.nccl_settings.items()))
+            log.info("NCCL: %s", _named(world.nccl_settings))
         try:
             with recording(job, world, groups, run, started=checked.started, log=log) as recorder:
                 result = _generate(
@@ -219,6 +224,10 @@ def _sum_up(
         experts=expert_balance([result.expert_load for result in results]),
         weights_read_bytes=sum(result.weights_read_bytes for result in results),
     )
+
+
+def _named(variables: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in variables.items()) or "nothing"
 
 
 def _layout(checked: CheckedJob, num_ranks: int) -> str:

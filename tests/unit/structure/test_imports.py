@@ -15,7 +15,7 @@ PACKAGE = ROOT / "hpcinfer"
 FLOORS = {
     "errors": 0, "units": 1, "request": 1, "config": 2, "observe": 2, "launch": 3, "data": 3, "kvcache": 3, "batch": 3,
     "scheduler": 4, "comm": 4, "kernels": 4, "parallel": 5, "attention": 5, "layers": 6, "models": 7, "sampling": 7, "pipeline": 8,
-    "engine": 9, "runner": 10, "bench": 11, "plan": 12, "cli": 13,
+    "engine": 9, "runner": 10, "bench": 11, "doctor": 11, "plan": 12, "cli": 13,
 }
 TORCH_FREE = ("errors", "units", "request", "config", "observe", "launch", "data", "batch", "scheduler")
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.name not in ("__init__.py", "__main__.py"))
