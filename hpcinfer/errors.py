@@ -94,5 +94,9 @@ class ResumableError(HpcinferError):
     exit_code = ExitCode.RESUMABLE
 
 
+class LivesError(HpcinferError):
+    """A Slurm job was started again too often, or to no effect. Starting it once more does not help."""
+
+
 class TooManyFailedRows(HpcinferError):
     """More rows failed than `--max-failed` allows."""

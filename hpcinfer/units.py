@@ -41,6 +41,11 @@ def format_count(count: float) -> str:
     return f"{count:,.0f}"
 
 
+def format_rate(rate: float) -> str:
+    """Like `format_count`, but below 1 with two digits that say something: `0.0123` -> "0.012"."""
+    return f"{rate:.2g}" if 0 < rate < 1 else format_count(rate)
+
+
 def format_duration(seconds: float) -> str:
     """`75.3` -> "1:15"; below ten seconds "4.2 s"; unknown (inf, nan) "-"."""
     if seconds != seconds or seconds == float("inf"):

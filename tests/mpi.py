@@ -157,6 +157,15 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def ranks_below(pid: int) -> dict[int, int]:
+    """The ranks among the descendants of a launcher: rank -> pid."""
+    ranks = {}
+    for child in descendants(pid):
+        variables = Path("/proc", str(child), "environ").read_bytes().split(b"\0")
+        ranks.update({int(v[len(b"PMI_RANK="):]): child for v in variables if v.startswith(b"PMI_RANK=")})
+    return ranks
+
+
 def alive(pid: int) -> bool:
     """True while the process runs (a zombie does not)."""
     try:

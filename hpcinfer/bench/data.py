@@ -30,8 +30,10 @@ from hpcinfer.data.ledger.writers import WriterIdentity, register_writer
 from hpcinfer.launch.signals import DrainFlag
 from hpcinfer.observe.metrics import PhaseClock
 from hpcinfer.request import FinishReason, Request, SamplingParams
+from hpcinfer.runner.drain import DrainPlan
 from hpcinfer.runner.feed import RowFeed
 from hpcinfer.runner.replica_loop import ReplicaLoop
+from hpcinfer.scheduler.limits import SchedulerCounters
 from hpcinfer.scheduler.scheduler import EndedSequence
 
 _STUB_TOKENS = np.arange(65, 81, dtype=np.int32)
@@ -44,6 +46,7 @@ class StubReplica:
 
     def __init__(self) -> None:
         self._working: collections.deque[Request] = collections.deque()
+        self.counters = SchedulerCounters()
 
     @property
     def scheduler(self) -> StubReplica:
@@ -60,7 +63,7 @@ class StubReplica:
     def refuse(self, request: Request) -> None:
         """Takes every request."""
 
-    def step(self, requests: list[Request], *, drain: bool = False) -> list[EndedSequence]:
+    def step(self, requests: list[Request], *, give_back: bool = False, drain: bool = False) -> list[EndedSequence]:
         """One tick."""
         ended = [
             EndedSequence(request=request, output_token_ids=_STUB_TOKENS, reason=FinishReason.LENGTH)
@@ -112,13 +115,14 @@ def _loop(run: RunDirectory, prompts: Path, num_rows: int, model: str) -> int:
     ledger = Ledger(run, writer.id, Liveness(run), coverage)
     tokenizer = Tokenizer(model)
     replica = StubReplica()
+    drain = DrainPlan(DrainFlag(), drain_s=0.0, margin_s=0.0, left_s=None)
     with open_prompts(prompts) as reader:
         feed = RowFeed(
             ledger, reader, tokenizer, SamplingParams(), refuse=replica.refuse, vocab_size=tokenizer.vocab_size
         )
         ReplicaLoop(
             replica=replica, feed=feed, ledger=ledger, segments=segments, writer=writer, tokenizer=tokenizer,
-            max_sequences=_STUB_SEQUENCES, linger_s=0.0, failed_before=0, max_failed=0, drain=DrainFlag(),
+            max_sequences=_STUB_SEQUENCES, linger_s=0.0, failed_before=0, max_failed=0, drain=drain, say=print,
             clock=PhaseClock(), deadline_s=CommSection().deadline_s, on_tick=lambda figures: None,
         ).run()
     writer.leave()

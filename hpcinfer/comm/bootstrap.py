@@ -21,6 +21,7 @@ import torch
 from hpcinfer.comm.communicator import Communicator
 from hpcinfer.comm.device import CPU, bind_device
 from hpcinfer.comm.device_queue import Reporting
+from hpcinfer.comm.drain_notices import DrainNotices
 from hpcinfer.comm.host import HostChannel, LocalHostChannel, MpiHostChannel
 from hpcinfer.comm.local import LocalCommunicator
 from hpcinfer.comm.mpi import DEADLINE_S, MpiCommunicator
@@ -34,6 +35,7 @@ from hpcinfer.comm.watchdog import Heart, Watchdog
 from hpcinfer.errors import CommunicationError
 from hpcinfer.launch.env import LaunchEnvironment
 from hpcinfer.launch.guard import check_world
+from hpcinfer.launch.signals import DrainFlag
 from hpcinfer.launch.topology import order_ranks
 
 STRICT_VARIABLE = "HPCINFER_COMM_STRICT"
@@ -67,6 +69,8 @@ class World:
     """Ranks that share this rank's GPU."""
     watchdog: Watchdog | None = None
     """Finds what is stuck; None in a single process, and until `watch` was called."""
+    notices: DrainNotices | None = None
+    """Tells drain signals to the leader of this rank's replica."""
     nccl: Nccl | None = None
     """How tensors travel between GPUs; None where they are on the CPU or there is one rank."""
     nccl_settings: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -96,6 +100,27 @@ class World:
             period_s = min(heartbeat_s, self.deadline_s / 4)
             heart = Heart(self.mpi_comm.Dup(), hosts=hosts, mark=self.progress.mark, period_s=period_s)
         self.watchdog = Watchdog(on_failure, deadline_s=self.deadline_s, heart=heart)
+
+    def tell_drains(self, flag: DrainFlag, *, leader: int, ranks: Sequence[int]) -> None:
+        """From now on drain signals to this rank's replica are noted in its leader's flag too. Collective, after `watch`.
+
+        Args:
+            flag: this rank's.
+            leader: the replica's leader.
+            ranks: the replica's ranks.
+        """
+        if self.size == 1:
+            return
+        followers = [rank for rank in ranks if rank != leader]
+        self.notices = DrainNotices(self.mpi_comm.Dup(), leader=leader, followers=followers, flag=flag)
+        self.watchdog.watch(self.notices)
+
+    def forget_drains(self) -> None:
+        """End that. Collective."""
+        if self.notices is not None:
+            self.watchdog.forget(self.notices)
+            self.notices.close(self.deadline_s)
+            self.notices = None
 
     def use_device(self, setting: str, *, share_gpu: bool = False) -> None:
         """Bind this rank to its device; on GPUs tensors travel over NCCL from now on. Collective, after `watch`.

@@ -144,6 +144,18 @@ class RunSection:
     """How long finished rows wait in memory for a disk that is full or fails, before the run stops. Seconds, default 300."""
     linger_s: float = 600.0
     """How long a replica without work waits for others that may die. Seconds, default 600."""
+    drain_s: str = "auto"
+    """How long rows in work may go on after SIGUSR1 or SIGTERM; none are begun any more, and what is not finished then is kept as
+    partial rows. A second signal ends the waiting. Seconds, or auto: after SIGUSR1 as long as the job lasts, without margin_s; 5
+    after SIGTERM, and where the job's end is not known. Give it where signals come so long before the end that auto would wait
+    too short or, with preemption, too long. Default auto."""
+    margin_s: float = 30.0
+    """Kept free before the job's end for committing and leaving. Should no signal come, the drain begins by itself drain_s before
+    that (auto: margin_s). Neither takes more than an eighth of the job's time. Raise it where the storage is slow. Seconds, default
+    30."""
+    max_lives: int = 100
+    """How often Slurm may start one job: a life above this count ends with an error, and so does one after two lives of the job in
+    which nothing was committed. Default 100."""
     max_failed: str = "100%"
     """Failed rows that turn the run into exit code 1: a count ("20") or a share ("1%"). Default "100%": never."""
     trace: bool = False
@@ -153,10 +165,20 @@ class RunSection:
         for name in ("segment_rows", "segment_s", "heartbeat_s", "stale_s", "retry_s"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"run.{name} = {getattr(self, name)}", fix="give a number above 0")
-        if not self.linger_s >= 0:
-            raise ConfigError(f"run.linger_s = {self.linger_s}", fix="give 0 or more")
+        for name in ("linger_s", "margin_s"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"run.{name} = {getattr(self, name)}", fix="give 0 or more")
+        if not re.fullmatch(r"auto|\d+(\.\d+)?", self.drain_s):
+            raise ConfigError(f"run.drain_s = {self.drain_s!r}", fix='give seconds, or "auto"')
+        if self.max_lives < 1:
+            raise ConfigError(f"run.max_lives = {self.max_lives}", fix="give 1 or more")
         if not re.fullmatch(r"\d+|\d+(\.\d+)?%", self.max_failed):
             raise ConfigError(f"run.max_failed = {self.max_failed!r}", fix='give a count such as "20" or a share such as "1%"')
+
+    @property
+    def drain_limit_s(self) -> float | None:
+        """`drain_s` in seconds; None for auto."""
+        return None if self.drain_s == "auto" else float(self.drain_s)
 
     def allowed_failures(self, num_rows: int) -> int:
         """The number of failed output rows that is still accepted, of `num_rows`."""

@@ -67,9 +67,14 @@ class Replica:
         """True when there is no sequence left to generate."""
         return self.scheduler.num_sequences == 0
 
-    def step(self, requests: list[Request], *, drain: bool = False) -> list[EndedSequence]:
-        """Leader: run one tick with new `requests`; return the sequences that ended."""
-        ended, planned = self._take(self._message(tuple(requests), drain=drain))
+    def step(self, requests: list[Request], *, give_back: bool = False, drain: bool = False) -> list[EndedSequence]:
+        """Leader: run one tick with new `requests`; return the sequences that ended.
+
+        Args:
+            give_back: those that have not begun end now.
+            drain: all of them do.
+        """
+        ended, planned = self._take(self._message(tuple(requests), give_back=give_back, drain=drain))
         if planned is not None:
             with span(self._recorder, "execute", TICK, tick=planned.step.tick):
                 drawn = self._worker.execute(planned)
@@ -114,7 +119,9 @@ class Replica:
         self._control.barrier()
         self._mark.set()
 
-    def _message(self, requests: tuple[Request, ...] = (), *, drain: bool = False, stop: bool = False) -> TickMessage:
+    def _message(
+        self, requests: tuple[Request, ...] = (), *, give_back: bool = False, drain: bool = False, stop: bool = False
+    ) -> TickMessage:
         start_s = time.perf_counter()
         self._mark.set(self._next_tick)
         ids, tokens = self._results(self._next_tick - self.scheduler.limits.lag)
@@ -124,6 +131,7 @@ class Replica:
             result_ids=ids,
             result_tokens=tokens,
             state_hash=self.scheduler.state_hash(),
+            give_back=give_back,
             drain=drain,
             stop=stop,
         )

@@ -14,6 +14,9 @@ from collections.abc import Mapping
 FIRST_SPECIAL_STEP = 0xFFFFFFF0
 """Slurm's step ids from here on are the batch, extern and interactive steps, which srun did not start as tasks."""
 
+END_VARIABLE = "HPCINFER_END_TIME"
+"""When this start must be over, in seconds since the epoch: for batch systems that do not say it, and before what Slurm says."""
+
 MPIEXEC_MARKS = ("OMPI_COMM_WORLD_SIZE", "PRTE_LAUNCHED", "MPI_LOCALNRANKS", "HYDI_CONTROL_FD")
 """Variables that PRTE or Hydra set for their ranks, and srun does not."""
 
@@ -65,6 +68,17 @@ class LaunchEnvironment:
         return self._number("SLURM_JOB_ID", "SLURM_JOBID")
 
     @property
+    def job_reference(self) -> str:
+        """How Slurm's commands know this job. The number of an array's last task also stands for the whole array."""
+        array, task = self._number("SLURM_ARRAY_JOB_ID"), self._number("SLURM_ARRAY_TASK_ID")
+        return f"{array}_{task}" if array is not None and task is not None else str(self.job_id or "")
+
+    @property
+    def cluster(self) -> str:
+        """Slurm's name of the cluster, inside which job ids are unique; "" outside a job."""
+        return self.variables.get("SLURM_CLUSTER_NAME", "")
+
+    @property
     def step_id(self) -> int | None:
         """Slurm's step id, None outside a step that srun started."""
         step = self._number("SLURM_STEP_ID", "SLURM_STEPID")
@@ -97,8 +111,8 @@ class LaunchEnvironment:
 
     @property
     def walltime_end_s(self) -> float | None:
-        """When Slurm ends the job, in seconds since the epoch (SLURM_JOB_END_TIME); None if unknown."""
-        return self._number("SLURM_JOB_END_TIME")
+        """When the job ends, in seconds since the epoch (HPCINFER_END_TIME, SLURM_JOB_END_TIME); None if no variable says it."""
+        return self._number(END_VARIABLE, "SLURM_JOB_END_TIME")
 
     @property
     def visible_devices(self) -> tuple[str, ...] | None:

@@ -31,15 +31,17 @@ class PhaseClock:
 
 
 class RateMeter:
-    """A rate over the last `window_s` seconds, for progress displays."""
+    """A rate over the last `window_s` seconds, for progress displays. It keeps a point every `spacing_s` seconds."""
 
-    def __init__(self, window_s: float = 30.0) -> None:
+    def __init__(self, window_s: float = 30.0, *, spacing_s: float = 0.0) -> None:
         self._window_s = window_s
+        self._spacing_s = spacing_s
         self._points: list[tuple[float, float]] = []
 
     def update(self, now_s: float, total: float) -> float:
         """Note that `total` units were done by `now_s`; return units per second over the window (0 at first)."""
-        self._points.append((now_s, total))
+        if not self._points or now_s - self._points[-1][0] >= self._spacing_s:
+            self._points.append((now_s, total))
         while len(self._points) > 2 and now_s - self._points[1][0] >= self._window_s:
             self._points.pop(0)
         (start_s, start_total) = self._points[0]

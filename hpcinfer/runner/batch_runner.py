@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import logging
 import os
@@ -17,10 +18,11 @@ from hpcinfer.config.job import JobConfig
 from hpcinfer.data.ledger.budgets import record_budget
 from hpcinfer.data.ledger.run_directory import RunDirectory, open_existing
 from hpcinfer.data.ledger.status import read_status
+from hpcinfer.data.ledger.writers import Writer
 from hpcinfer.engine.build import build_replica
-from hpcinfer.engine.replica_plan import ReplicaPlan, plan_replica
 from hpcinfer.engine.memory import available_bytes
 from hpcinfer.engine.profile import meter_of
+from hpcinfer.engine.replica_plan import ReplicaPlan, plan_replica
 from hpcinfer.errors import ResumableError
 from hpcinfer.launch.env import LaunchEnvironment
 from hpcinfer.launch.signals import DrainFlag
@@ -31,7 +33,7 @@ from hpcinfer.observe.metrics import PHASES, PhaseClock
 from hpcinfer.observe.trace import Recorder, span
 from hpcinfer.parallel.agree import agree_or_raise
 from hpcinfer.parallel.groups import ReplicaGroups, build_groups
-from hpcinfer.runner.leader import lead
+from hpcinfer.runner.leader import lead, registered
 from hpcinfer.runner.preflight import CheckedJob, check_job, open_run
 from hpcinfer.runner.progress import LoadProgress
 from hpcinfer.runner.replica_loop import LoopFigures, check_failures
@@ -66,7 +68,7 @@ def run_job(
         job: equal on all ranks.
         world: all ranks of this start.
         environment: of this process, for the writer's identity.
-        drain: set by a signal: leaders commit what they have and leave.
+        drain: set by signals to this rank: its replica then begins nothing more and leaves.
         quiet: show nothing on the console.
 
     Raises:
@@ -85,9 +87,10 @@ def run_job(
         ),
     )
     # Only a job that fits makes a run directory: what it was made for cannot be changed later.
-    opened = agree_or_raise(world.channel, lambda: open_run(job, checked, plan), deadline_s=_NO_DEADLINE)
+    opened = agree_or_raise(world.channel, lambda: open_run(job, checked, plan, environment), deadline_s=_NO_DEADLINE)
     plan = dataclasses.replace(plan, kv_tokens_limit=opened.kv_tokens_limit)
     run = open_existing(job.data.output)
+    world.tell_drains(drain, leader=groups.mesh.leader, ranks=groups.mesh.replica_ranks())
     result = _RankResult()
     if not opened.complete:
         console = world.rank == 0 and not quiet
@@ -106,9 +109,12 @@ def run_job(
         if world.nccl_settings:
             log.info("NCCL: %s", _named(world.nccl_settings))
         try:
-            with recording(job, world, groups, run, started=checked.started, log=log) as recorder:
+            with (
+                recording(job, world, groups, run, started=checked.started, log=log) as recorder,
+                registered(job, checked, run, environment, recorder) if groups.mesh.is_leader else contextlib.nullcontext() as writer,
+            ):
                 result = _generate(
-                    job, checked, plan, run, groups, world, environment, drain, log, recorder, console=console
+                    job, checked, plan, run, groups, world, writer, drain, log, recorder, console=console
                 )
         except Exception:
             log.exception("this rank ends with an error")
@@ -117,6 +123,7 @@ def run_job(
             close_log(log)
     groups.close()  # not after an error: it is collective, and the others do not know
     results = world.channel.all_gather(result, deadline_s=_NO_DEADLINE)
+    world.forget_drains()
     return agree_or_raise(
         world.channel, lambda: _sum_up(job, checked, run, results, world, time.monotonic() - start_s),
         deadline_s=_NO_DEADLINE,
@@ -130,7 +137,7 @@ def _generate(
     run: RunDirectory,
     groups: ReplicaGroups,
     world: World,
-    environment: LaunchEnvironment,
+    writer: Writer | None,
     drain: DrainFlag,
     log: logging.Logger,
     recorder: Recorder | None,
@@ -138,6 +145,9 @@ def _generate(
     console: bool,
 ) -> _RankResult:
     """Load, then lead or follow until the run needs this replica no longer.
+
+    Args:
+        writer: of this life, on the leader; None on the other ranks.
 
     Raises:
         ResumableError: this rank's device is out of memory; the next start takes less.
@@ -159,10 +169,10 @@ def _generate(
         )
         start_s = time.monotonic()
         result = _RankResult(phase_seconds=clock.seconds, weights_read_bytes=loading.figures.read_bytes)
-        if replica.is_leader:
+        if writer is not None:
             result.figures = lead(
-                job, checked, run, replica, environment=environment, drain=drain, clock=clock, console=console,
-                recorder=recorder,
+                job, checked, run, writer, replica, drain=drain, clock=clock, log=log, console=console,
+                forecasts=world.rank == 0, recorder=recorder,
             )
             result.counters = collections.Counter(dataclasses.asdict(replica.scheduler.counters))
         else:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import logging
 import sys
 import time
+from collections.abc import Iterator
 
 from hpcinfer.config.job import JobConfig
 from hpcinfer.data.ledger.coverage import Coverage
@@ -15,14 +17,16 @@ from hpcinfer.data.ledger.merge import claim_merge, merge_run, remove_leftovers
 from hpcinfer.data.prompts.prompt_row import PromptsReader
 from hpcinfer.data.ledger.run_directory import RunDirectory
 from hpcinfer.data.ledger.segments import SegmentPolicy, SegmentWriter, segment_limit
-from hpcinfer.data.ledger.writers import Writer, WriterIdentity, register_writer, writer_ids
+from hpcinfer.data.ledger.writers import Leaving, Writer, WriterIdentity, register_writer, writer_ids
 from hpcinfer.engine.replica import Replica
 from hpcinfer.launch.env import LaunchEnvironment
 from hpcinfer.launch.signals import DrainFlag
 from hpcinfer.observe.metrics import PhaseClock
 from hpcinfer.observe.progress import ProgressBar
 from hpcinfer.observe.trace import IDLE, Recorder, span
+from hpcinfer.runner.drain import DrainPlan
 from hpcinfer.runner.feed import RowFeed
+from hpcinfer.runner.forecast import Forecast
 from hpcinfer.runner.preflight import CheckedJob, job_tokenizer, open_job_prompts
 from hpcinfer.runner.progress import RunProgress, earlier_writers
 from hpcinfer.runner.replica_loop import LoopFigures, ReplicaLoop, check_failures
@@ -30,57 +34,75 @@ from hpcinfer.runner.replica_loop import LoopFigures, ReplicaLoop, check_failure
 _MERGE_POLL_S = 0.2
 
 
+@contextlib.contextmanager
+def registered(
+    job: JobConfig,
+    checked: CheckedJob,
+    run: RunDirectory,
+    environment: LaunchEnvironment,
+    recorder: Recorder | None,
+) -> Iterator[Writer]:
+    """A writer for this life. It registers before it loads, so that a life that ends while it loads is known to later ones."""
+    with span(recorder, "register"):
+        writer = register_writer(run, _identity(environment, checked), interval_s=job.run.heartbeat_s)
+        writer.set_state("loading")
+    try:
+        yield writer
+    except BaseException:
+        writer.leave(Leaving.FAILED)  # its claims are free at once; what was not committed is run again
+        raise
+
+
 def lead(
     job: JobConfig,
     checked: CheckedJob,
     run: RunDirectory,
+    writer: Writer,
     replica: Replica,
     *,
-    environment: LaunchEnvironment,
     drain: DrainFlag,
     clock: PhaseClock,
+    log: logging.Logger,
     console: bool,
+    forecasts: bool,
     recorder: Recorder | None = None,
 ) -> LoopFigures:
     """Run the replica until its part is done, merge if the run is, and let the other ranks go.
 
     Args:
+        writer: of this life; `registered` makes it.
+        log: of this rank.
         console: show a progress bar for the whole run.
+        forecasts: say whether the run will be over before the job is.
         recorder: gets what this rank does.
     """
-    with span(recorder, "register"):
-        known = earlier_writers(run)
-        writer = register_writer(run, _identity(environment, checked), interval_s=job.run.heartbeat_s)
-    try:
-        coverage = Coverage(run, checked.num_rows)
-        with span(recorder, "read segments"):
-            coverage.refresh()
-        check_failures(
-            coverage.num_failed, job.run.allowed_failures(coverage.num_keys), collections.Counter()
-        )
-        liveness = Liveness(run, stale_after_s=job.run.stale_s)
-        progress = RunProgress(
-            ProgressBar(sys.stderr) if console else None, run, own_id=writer.id, rows_total=coverage.num_keys,
-            rows_done=coverage.num_keys - coverage.num_missing, known=known,
-        )
-        with span(recorder, "open prompts"):
-            prompts = open_job_prompts(job)
-        with prompts as reader:
-            with span(recorder, "prepare"):
-                loop = _loop(
-                    job, checked, run, replica, writer, coverage, liveness, reader, drain, clock, progress, recorder
-                )
-            figures = loop.run()
-        progress.update(figures, force=True)
-        progress.close()
-        replica.stop()
-        with clock.phase("io"), span(recorder, "merge"):
-            _merge_when_complete(run, writer, coverage, liveness, recorder)
-    except BaseException:
-        writer.leave()  # its claims are free at once; what was not committed is run again
-        raise
+    coverage = Coverage(run, checked.num_rows)
+    known = earlier_writers(run)
+    with span(recorder, "read segments"):
+        coverage.refresh()
+    check_failures(coverage.num_failed, job.run.allowed_failures(coverage.num_keys), collections.Counter())
+    liveness = Liveness(run, stale_after_s=job.run.stale_s)
+    left_s = None if checked.ends_s is None else checked.ends_s - time.time()
+    progress = RunProgress(
+        ProgressBar(sys.stderr) if console else None,
+        Forecast(left_s=left_s) if forecasts and left_s is not None else None,
+        log, run, own_id=writer.id, rows_total=coverage.num_keys,
+        rows_done=coverage.num_keys - coverage.num_missing, known=known,
+    )
+    plan = DrainPlan(drain, drain_s=job.run.drain_limit_s, margin_s=job.run.margin_s, left_s=left_s)
+    with span(recorder, "open prompts"):
+        prompts = open_job_prompts(job)
+    with prompts as reader:
+        with span(recorder, "prepare"):
+            loop = _loop(job, checked, run, replica, writer, coverage, liveness, reader, plan, clock, progress, recorder)
+        figures = loop.run()
+    progress.update(figures, force=True)
+    progress.close()
+    replica.stop()
+    with clock.phase("io"), span(recorder, "merge"):
+        _merge_when_complete(run, writer, coverage, liveness, recorder)
     with span(recorder, "leave"):
-        writer.leave(**loop.beat())
+        writer.leave(Leaving.DONE if coverage.is_full else loop.leaving, **loop.beat())
     return figures
 
 
@@ -93,7 +115,7 @@ def _loop(
     coverage: Coverage,
     liveness: Liveness,
     reader: PromptsReader,
-    drain: DrainFlag,
+    drain: DrainPlan,
     clock: PhaseClock,
     progress: RunProgress,
     recorder: Recorder | None,
@@ -118,6 +140,7 @@ def _loop(
         failed_before=coverage.num_failed,
         max_failed=job.run.allowed_failures(coverage.num_keys),
         drain=drain,
+        say=progress.say,
         clock=clock,
         on_tick=progress.update,
         recorder=recorder,
@@ -145,6 +168,7 @@ def _merge_when_complete(
 
 def _identity(environment: LaunchEnvironment, checked: CheckedJob) -> WriterIdentity:
     return WriterIdentity.of_this_process(
+        cluster=environment.cluster,
         job=str(environment.job_id or ""),
         step=str(environment.step_id if environment.step_id is not None else ""),
         restart_count=environment.restart_count,

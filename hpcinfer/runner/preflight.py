@@ -15,12 +15,14 @@ from hpcinfer.config.parallel import check_layout
 from hpcinfer.data.prompts.identity import prefix_fingerprint
 from hpcinfer.data.prompts.reader import PromptsReader, open_prompts
 from hpcinfer.data.ledger.budgets import read_budget
+from hpcinfer.data.ledger.lives import check_lives
 from hpcinfer.data.ledger.run_directory import RunIdentity, create_or_open
 from hpcinfer.data.tokenize import Tokenizer
 from hpcinfer.engine.replica_plan import ReplicaPlan
 from hpcinfer.engine.memory import context_limit
 from hpcinfer.layers.experts import check_packed
 from hpcinfer.launch.env import LaunchEnvironment
+from hpcinfer.launch.walltime import job_end_s
 from hpcinfer.models.checkpoint import Checkpoint, check_tensors
 from hpcinfer.models.registry import model_class
 from hpcinfer.parallel.mesh import Mesh
@@ -40,6 +42,8 @@ class CheckedJob:
     """Rows of the prompts now."""
     started: str
     """When and as which Slurm job this start began; names its logs."""
+    ends_s: float | None
+    """When the job ends, in seconds since the epoch; None if nobody says."""
 
 
 def check_job(job: JobConfig, world_size: int, environment: LaunchEnvironment) -> CheckedJob:
@@ -62,7 +66,8 @@ def check_job(job: JobConfig, world_size: int, environment: LaunchEnvironment) -
             Tokenizer(job.model.path)
         started = time.strftime("%Y%m%dT%H%M%S") + (f"-job{environment.job_id}" if environment.job_id else "")
         return CheckedJob(
-            mesh=mesh, model=model, checkpoint=checkpoint, num_rows=reader.num_rows, started=started
+            mesh=mesh, model=model, checkpoint=checkpoint, num_rows=reader.num_rows, started=started,
+            ends_s=job_end_s(environment),
         )
 
 
@@ -75,8 +80,8 @@ class OpenedRun:
     """K/V tokens that a start in this layout may have, where one ran out of memory with more."""
 
 
-def open_run(job: JobConfig, checked: CheckedJob, plan: ReplicaPlan) -> OpenedRun:
-    """Create the run directory, or make sure that the one that is there belongs to this job."""
+def open_run(job: JobConfig, checked: CheckedJob, plan: ReplicaPlan, environment: LaunchEnvironment) -> OpenedRun:
+    """Create the run directory, or make sure that the one that is there belongs to this job, and that it makes sense to go on."""
     with open_job_prompts(job) as reader:
         identity = RunIdentity(
             input_fingerprint=prefix_fingerprint(reader, checked.num_rows),
@@ -93,6 +98,10 @@ def open_run(job: JobConfig, checked: CheckedJob, plan: ReplicaPlan) -> OpenedRu
             job.data.output, identity, num_replicas=checked.mesh.dp,
             prefix_fingerprint=lambda num_rows: prefix_fingerprint(reader, num_rows),
         )
+    check_lives(
+        run, checked.num_rows, job=str(environment.job_id or ""), cluster=environment.cluster,
+        restart_count=environment.restart_count, max_lives=job.run.max_lives,
+    )
     return OpenedRun(
         complete=run.is_complete(checked.num_rows),
         kv_tokens_limit=read_budget(run, layout=job.parallel.replica_layout),

@@ -10,6 +10,7 @@ from hpcinfer.data.ledger.run_directory import RunDirectory
 from hpcinfer.data.ledger.writers import read_heartbeat, writer_ids
 from hpcinfer.models.weights import LoadFigures
 from hpcinfer.observe.progress import ProgressBar, ProgressPoint
+from hpcinfer.runner.forecast import Forecast
 from hpcinfer.runner.replica_loop import LoopFigures
 
 _OTHERS_S = 2.0
@@ -46,10 +47,12 @@ class LoadProgress:
 
 
 class RunProgress:
-    """Feeds a progress bar.
+    """Feeds a progress bar and a forecast, and says what there is to say without tearing the bar.
 
     Args:
         bar: where it is shown; None for nowhere.
+        forecast: told now and then; None for nobody.
+        log: of this rank.
         run: the run directory.
         own_id: this replica's writer, whose figures come from memory.
         rows_total: output rows of the run.
@@ -58,9 +61,20 @@ class RunProgress:
     """
 
     def __init__(
-        self, bar: ProgressBar | None, run: RunDirectory, *, own_id: str, rows_total: int, rows_done: int, known: dict[str, dict]
+        self,
+        bar: ProgressBar | None,
+        forecast: Forecast | None,
+        log: logging.Logger,
+        run: RunDirectory,
+        *,
+        own_id: str,
+        rows_total: int,
+        rows_done: int,
+        known: dict[str, dict],
     ) -> None:
         self._bar = bar
+        self._forecast = forecast
+        self._log = log
         self._run = run
         self._own_id = own_id
         self._total = rows_total
@@ -71,9 +85,10 @@ class RunProgress:
 
     def update(self, figures: LoopFigures, *, force: bool = False) -> None:
         """Show where the run is, if it is time to."""
-        if self._bar is None:
+        if self._bar is None and self._forecast is None:
             return
-        if time.monotonic() - self._read_at > _OTHERS_S:
+        is_time = time.monotonic() - self._read_at > _OTHERS_S
+        if is_time:
             try:
                 self._others = self._read_others()
             except OSError:
@@ -87,10 +102,21 @@ class RunProgress:
             tokens=figures.output_tokens + tokens,
             rows_failed=figures.failed + failed,
         )
+        if self._forecast is not None and is_time and (warning := self._forecast.update(point.rows_done, point.rows_total)):
+            self.say(warning)
+        if self._bar is not None:
+            self._show(point, force=force)
+
+    def _show(self, point: ProgressPoint, *, force: bool) -> None:
         try:
             self._bar.update(point, force=force)
         except OSError:
             self._bar = None  # nobody can see it: a full disk, a closed pipe
+
+    def say(self, text: str) -> None:
+        """Log a line, on a line of its own."""
+        self.close()
+        self._log.info(text)
 
     def close(self) -> None:
         """Leave the terminal as it was."""

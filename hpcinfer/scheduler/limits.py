@@ -51,6 +51,8 @@ class SchedulerCounters:
     """What happened on all lanes together, for the summary and for tests that must see a feature at work."""
 
     ticks: int = 0
+    begun: int = 0
+    """Sequences of which something was computed."""
     microbatches: int = 0
     """Parts of steps; the lanes of a part count once."""
     prefill_tokens: int = 0

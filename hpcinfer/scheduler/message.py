@@ -25,6 +25,8 @@ class TickMessage:
     """int64 [S]: those tokens."""
     state_hash: int
     """Hash of the leader's scheduler before this message; another value on any rank is an error."""
+    give_back: bool = False
+    """Give up the sequences that have not begun: nothing is lost with them. Those that have begun go on."""
     drain: bool = False
     """Give up all sequences, keeping what they have: they become partial rows."""
     stop: bool = False

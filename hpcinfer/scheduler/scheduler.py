@@ -130,8 +130,8 @@ class Scheduler:
         ended = self._take_results(message.result_ids, message.result_tokens)
         for request in message.requests:
             self._enqueue(request)
-        if message.drain:
-            ended += self._give_up_all()
+        if message.give_back or message.drain:
+            ended += self._give_up(begun_too=message.drain)
         return ended
 
     def schedule(self) -> Step | None:
@@ -194,10 +194,14 @@ class Scheduler:
             request=sequence.request, output_token_ids=sequence.output_token_ids, reason=reason, error=error
         )
 
-    def _give_up_all(self) -> list[EndedSequence]:
-        ended = [self._end(sequence, FinishReason.NONE) for sequence in [*self._running.values(), *self._waiting]]
-        self._waiting.clear()
-        return ended
+    def _give_up(self, *, begun_too: bool) -> list[EndedSequence]:
+        """End the sequences that have not begun, or all. One that waits after a preemption has begun."""
+        given_up = list(self._running.values()) if begun_too else []
+        kept: collections.deque[Sequence] = collections.deque()
+        for sequence in self._waiting:
+            (kept if sequence.num_preemptions and not begun_too else given_up).append(sequence)
+        self._waiting = kept
+        return [self._end(sequence, FinishReason.NONE) for sequence in given_up]
 
     # -- choosing ------------------------------------------------------------------------------------------------------
 
@@ -301,6 +305,7 @@ class Scheduler:
             if not self._waiting or not self._place(self._waiting[0], budgets):
                 return
             sequence = self._waiting.popleft()
+            self.counters.begun += not sequence.num_preemptions
             self._running[sequence.id] = self._prefilling[sequence.id] = sequence
             self._choose_chunk(sequence, work, budgets)
 

@@ -14,7 +14,7 @@ def main(place: Place) -> int:
     world = start_world(deadline_s=1.0)
     place.rank, place.size, place.host, place.abort = world.rank, world.size, world.host, world.abort
     world.watch(lambda error: end_with(error, place), heartbeat_s=0.1)
-    world.mark.set(812)
+    world.progress.mark.set(812)
     world.channel.barrier()
     if world.rank == 0:
         print("ready", flush=True)

@@ -131,7 +131,7 @@ def test_two_runs_started_at_once_share_the_work(tmp_path, undisturbed):
 def test_a_row_cut_short_goes_on_where_it_stopped(tmp_path, undisturbed):
     """SIGTERM drains: partial rows are committed with their tokens, the next life goes on from them."""
     output = tmp_path / "run"
-    settings = [*LAYOUTS["tp1"], *SAMPLINGS["sampled"], *SLOW]
+    settings = [*LAYOUTS["tp1"], *SAMPLINGS["sampled"], *SLOW, "run.drain_s=0"]
     for _ in range(6):
         process = subprocess.Popen(
             run_command(output, settings), cwd=ROOT, env=rank_env(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,

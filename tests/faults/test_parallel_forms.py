@@ -24,7 +24,7 @@ from hpcinfer.errors import RunDirectoryError
 from tests.checkpoints import make_checkpoint
 from tests.conftest import ROOT
 from tests.faults.form_rank import PLANTED
-from tests.mpi import descendants, kill_tree, rank_env, world_command, world_env
+from tests.mpi import kill_tree, rank_env, ranks_below, world_command, world_env
 from tests.runs import JOB, assert_same, read_outputs, run_demo, wait_until_gone
 
 SAMPLINGS = {
@@ -223,10 +223,7 @@ def wait_for_rows(process: subprocess.Popen, form: Form, output: Path, log: Path
         except RunDirectoryError:
             pass
         time.sleep(0.05)
-    ranks = {}
-    for pid in descendants(process.pid):
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        ranks.update({int(v[len(b"PMI_RANK="):]): pid for v in variables if v.startswith(b"PMI_RANK=")})
+    ranks = ranks_below(process.pid)
     assert sorted(ranks) == list(range(form.num_ranks))
     return ranks
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import json
 import os
 import secrets
@@ -17,6 +18,19 @@ from typing import Any
 
 from hpcinfer.data.ledger.commit import create_new, is_transient, replace_bytes, write_all
 from hpcinfer.data.ledger.run_directory import RunDirectory, unusable
+
+
+class Leaving(enum.StrEnum):
+    """Why a writer left, in its last heartbeat."""
+
+    DONE = "done"
+    """Every row of the run is committed."""
+    NO_ROWS = "no rows"
+    """Other writers have all that is left."""
+    DRAINED = "drained"
+    """It was asked to stop."""
+    FAILED = "failed"
+    """By an error."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,6 +136,7 @@ class Writer:
         self._counter = 0
         self._figures: dict[str, float] = {}
         self._state = "starting"
+        self._reason = ""
         self._written_at = float("-inf")
         self.num_skipped = 0
         """Heartbeats that the file system refused."""
@@ -129,7 +144,8 @@ class Writer:
     def step_finished(self, **figures: float) -> None:
         """A step is done (or, when idle, a look around): the counter advances. `figures` are numbers for `status`;
         they stay until they are given again. Those that `read_status` knows: rows_ok, rows_failed, rows_partial (all
-        committed), rows_claimed, prompt_tokens, output_tokens, rows_per_s, output_tokens_per_s.
+        committed), rows_claimed, prompt_tokens, output_tokens; rows_per_s and output_tokens_per_s of the whole life, both
+        with `_now` for the last minutes; running_s, since it began to generate.
         """
         self._counter += 1
         self._figures.update(figures)
@@ -142,12 +158,15 @@ class Writer:
         self._figures.update(figures)
         self._write()
 
-    def leave(self, **figures: float) -> None:
+    def leave(self, reason: Leaving = Leaving.DONE, **figures: float) -> None:
         """The last word: its unfinished claims are free from now on. To be said after the last commit."""
+        self._reason = reason.value
         self.set_state("left", **figures)
 
     def _write(self) -> None:
-        beat = {"counter": self._counter, "state": self._state, "at": self._wall_clock(), **self._figures}
+        beat = {"counter": self._counter, "state": self._state, "at": self._wall_clock(), "interval_s": self._interval_s}
+        beat |= {"reason": self._reason} if self._reason else {}
+        beat |= self._figures
         self._written_at = self._clock()
         try:
             replace_bytes(self._run.writers, f"{self.id}.beat", json.dumps(beat).encode())

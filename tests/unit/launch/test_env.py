@@ -48,6 +48,18 @@ def test_facts_of_a_job():
     assert environment.nodes == ("n1", "n2")
 
 
+def test_how_commands_know_an_array_task():
+    """Its last task has the number of the whole array."""
+    task = LaunchEnvironment({**STEP, "SLURM_ARRAY_JOB_ID": "71", "SLURM_ARRAY_TASK_ID": "3", "SLURM_CLUSTER_NAME": "big"})
+    assert (task.job_reference, task.cluster) == ("71_3", "big")
+    assert LaunchEnvironment(STEP).job_reference == "71"
+    assert LaunchEnvironment({}).job_reference == LaunchEnvironment({}).cluster == ""
+
+
+def test_a_given_end_comes_before_slurms():
+    assert LaunchEnvironment({"HPCINFER_END_TIME": "5", "SLURM_JOB_END_TIME": "7"}).walltime_end_s == 5
+
+
 def test_facts_outside_a_job():
     environment = LaunchEnvironment({"SLURM_JOB_ID": "", "SLURM_RESTART_COUNT": "nonsense"})
     assert environment.job_id is None

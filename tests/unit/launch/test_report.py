@@ -7,7 +7,6 @@ import pytest
 from hpcinfer.errors import ConfigError, ResumableError
 from hpcinfer.launch import report
 from hpcinfer.launch.report import Place, run_as_rank
-from hpcinfer.launch.signals import DrainFlag
 
 
 @pytest.fixture
@@ -79,17 +78,3 @@ def test_place_before_mpi_is_what_the_launcher_says(monkeypatch):
     monkeypatch.setenv("PMI_SIZE", "3")
     place = Place.from_environ()
     assert (place.rank, place.size) == (1, 3)
-
-
-def test_drain_flag():
-    drain = DrainFlag()
-    drain.install([signal.SIGUSR2])
-    try:
-        assert not drain and drain.reason == ""
-        signal.raise_signal(signal.SIGUSR2)
-        assert drain and drain.reason == "SIGUSR2"
-        drain.set(signal.SIGTERM)
-        assert drain.reason == "SIGUSR2", "the first reason stays"
-    finally:
-        drain.uninstall()
-    assert signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL

@@ -6,6 +6,7 @@ import io
 
 from hpcinfer.observe.metrics import PhaseClock, RateMeter
 from hpcinfer.observe.progress import ProgressBar, ProgressPoint, progress_line
+from hpcinfer.units import format_rate
 
 
 def point(done, total=100, tokens=0, failed=0):
@@ -58,3 +59,14 @@ def test_phases_add_up():
     clock.add("io", 2.0)
     clock.add("io", 1.0)
     assert clock.seconds["io"] == 3.0 and clock.seconds["load"] >= 0
+
+
+def test_points_of_a_rate_may_be_spaced():
+    meter = RateMeter(window_s=10, spacing_s=1.0)
+    for tick in range(2000):
+        rate = meter.update(tick / 100, tick)
+    assert abs(rate - 100) < 1e-6 and len(meter._points) <= 12
+
+
+def test_rates_below_one_say_something():
+    assert [format_rate(rate) for rate in (0.0, 0.0123, 0.5, 3.25, 1234.5)] == ["0", "0.012", "0.5", "3.2", "1,234"]

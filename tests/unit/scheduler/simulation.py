@@ -75,11 +75,11 @@ class SimulatedReplica:
         """All microbatches of lane 0."""
         return [part for steps in self.steps for part in steps[0].parts]
 
-    def step(self, requests: list[Request] = (), drain: bool = False) -> list[EndedSequence]:
+    def step(self, requests: list[Request] = (), *, give_back: bool = False, drain: bool = False) -> list[EndedSequence]:
         ids, tokens = self.results.pop(self.tick - self.limits.lag, ([], []))
         message = TickMessage(
             tick=self.tick, requests=tuple(requests), result_ids=np.array(ids, np.int64),
-            result_tokens=np.array(tokens, np.int64), state_hash=self.scheduler.state_hash(), drain=drain,
+            result_tokens=np.array(tokens, np.int64), state_hash=self.scheduler.state_hash(), give_back=give_back, drain=drain,
         )
         ended = [scheduler.apply(message) for scheduler in [*self.schedulers, self.follower]]
         steps = [scheduler.schedule() for scheduler in self.schedulers]

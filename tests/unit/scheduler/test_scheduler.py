@@ -198,3 +198,29 @@ def test_a_sequence_without_a_token_fails_alone():
     others = run(replica, [])
     for wanted in requests[1:]:
         assert others[wanted.row].output_token_ids.tolist() == reference(wanted, 100)
+
+
+@pytest.mark.parametrize("in_flight", [{"lag": 1}, {"lag": 3}, AHEAD], ids=str)
+def test_what_has_not_begun_is_given_back_and_the_rest_goes_on(in_flight):
+    """Few pages, so that some of those that have begun wait after a preemption."""
+    replica = SimulatedReplica(limits(**in_flight, num_blocks=16, max_sequences=8))
+    requests = [request(row, 6, max_tokens=30, ignore_eos=True) for row in range(20)]
+    for tick in range(200):
+        ended = {sequence.request.row: sequence for sequence in replica.step(requests if tick == 0 else [])}
+        waiting = [s for s in replica.scheduler._by_id.values() if s.num_preemptions and s not in replica.scheduler._running.values()]
+        if waiting and not ended:
+            break
+    assert waiting, "nobody waits after a preemption"
+    assert any(len(s.tables[0]) for s in replica.scheduler._running.values())
+    before, num_sequences = replica.scheduler.counters.begun, replica.scheduler.num_sequences
+    given_back = replica.step(give_back=True)
+    untouched = [sequence for sequence in given_back if sequence.is_cut_short]
+    assert len(untouched) >= 5 and all(sequence.num_new_tokens == 0 for sequence in untouched)
+    assert replica.scheduler.num_sequences == num_sequences - len(given_back) > 0
+    finished = run(replica, [])
+    assert {s.request.row for s in waiting} <= finished.keys(), "a preempted sequence was given back"
+    assert not {s.request.row for s in untouched} & finished.keys()
+    for row, sequence in finished.items():
+        assert sequence.output_token_ids.tolist() == reference(requests[row], 100)
+    assert replica.scheduler.counters.begun == before == 20 - len(untouched)
+    check_empty(replica)
