@@ -31,6 +31,6 @@ def test_memory_stays_flat_and_no_row_is_lost(num_rows, tmp_path):
     figures = run_bench(num_rows, tmp_path)
     assert figures["complete"]
     assert figures["rows_merged"] == figures["rows_committed"] == num_rows
-    # 0.3 GiB are libraries; a run that kept its rows would need 1 GiB and more for a million of them.
-    assert figures["peak_memory_bytes"] < (0.6 if num_rows < 10**6 else 1.5) * GIB
+    # 0.3 GiB are libraries, 0.6 with CUDA's; a run that kept its rows would need 1 GiB and more beside them for a million of them.
+    assert figures["peak_memory_bytes"] < (0.9 if num_rows < 10**6 else 1.5) * GIB
     assert min(figures["rows_per_s"].values()) > 1000
