@@ -208,7 +208,7 @@ def test_ids_of_nccl_itself(cluster, workplace):
         pytest.skip(reason)
     lines = launch_ranks(cluster, workplace, "ids=cupy").lines
     assert_groups(lines)
-    assert all(each["id"].startswith("b") for line in lines for each in line["ids"])
+    assert {each["kind"] for line in lines for each in line["ids"]} == {"bytes"}
 
 
 # -- hpcinfer doctor --------------------------------------------------------------------------------------------------------
