@@ -214,9 +214,9 @@ def test_ids_of_nccl_itself(cluster, workplace):
 # -- hpcinfer doctor --------------------------------------------------------------------------------------------------------
 
 
-def doctor(cluster: Cluster, folder: Path, mpi: str) -> tuple[Launch, dict[str, dict]]:
+def doctor(cluster: Cluster, folder: Path, mpi: str, **more) -> tuple[Launch, dict[str, dict]]:
     command = [sys.executable, "-m", "hpcinfer", "doctor", "--json", "jobs/demo.toml", "--set", "data.output=run"]
-    found = launch(cluster, folder, *command, mpi=mpi)
+    found = launch(cluster, folder, *command, mpi=mpi, **more)
     [report] = found.stdout.splitlines()
     return found, {each["check"]: each for each in json.loads(report)["findings"]}
 
@@ -238,3 +238,12 @@ def test_the_doctor_without_an_mpi_plugin(cluster, workplace):
     assert (found.returncode, world["level"]) == (1, "red")
     assert "srun started 4 ranks, but each of them is alone" in world["found"] and "start with srun --mpi=pmi2" in world["fix"]
     assert findings["layout"]["found"] == "the ranks are not one world"
+
+
+@pytest.mark.full
+def test_the_doctor_without_an_mpi_library(cluster, workplace):
+    found, findings = doctor(cluster, workplace, "pmi2", env=NO_MPI)
+    library = findings["MPI library"]
+    assert (found.returncode, library["level"]) == (1, "red")
+    assert "it could not be loaded" in library["found"] and "pip install '.[mpich]'" in library["fix"]
+    assert "free space" in findings  # it goes on to what one rank can see
