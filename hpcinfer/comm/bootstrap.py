@@ -25,7 +25,7 @@ from hpcinfer.comm.drain_notices import DrainNotices
 from hpcinfer.comm.host import HostChannel, LocalHostChannel, MpiHostChannel
 from hpcinfer.comm.local import LocalCommunicator
 from hpcinfer.comm.mpi import DEADLINE_S, MpiCommunicator
-from hpcinfer.comm.mpi_library import load_mpi
+from hpcinfer.comm.mpi_library import load_launched_mpi, load_mpi
 from hpcinfer.comm.nccl import NcclCommunicator
 from hpcinfer.comm.nccl_library import Nccl, apply_settings, check_versions, load_nccl
 from hpcinfer.comm.operation import Mark
@@ -34,7 +34,6 @@ from hpcinfer.comm.streams import CudaStreams
 from hpcinfer.comm.watchdog import Heart, Watchdog
 from hpcinfer.errors import CommunicationError
 from hpcinfer.launch.env import LaunchEnvironment
-from hpcinfer.launch.guard import check_world
 from hpcinfer.launch.signals import DrainFlag
 from hpcinfer.launch.topology import order_ranks
 
@@ -200,11 +199,7 @@ def start_world(
     Raises:
         LaunchError: no MPI, too little thread support, or a world of one rank where the launcher started more.
     """
-    MPI = load_mpi()
-    environment = environment or LaunchEnvironment.from_environ()
-    check_world(
-        environment, MPI.COMM_WORLD.Get_size(), MPI.COMM_WORLD.Get_rank(), vendor=MPI.get_vendor()[0]
-    )
+    MPI = load_launched_mpi(environment or LaunchEnvironment.from_environ())
     order = order_ranks(MPI.COMM_WORLD)
     progress = ProgressEngine(rank=order.rank, host=order.host, oversubscribed=order.local_size > order.node_cores)
     world = World(

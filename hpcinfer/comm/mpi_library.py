@@ -10,6 +10,8 @@ import sys
 from typing import Any
 
 from hpcinfer.errors import LaunchError
+from hpcinfer.launch.env import LaunchEnvironment
+from hpcinfer.launch.guard import check_world, linger
 
 
 def load_mpi() -> Any:
@@ -39,6 +41,25 @@ def load_mpi() -> Any:
             found=f"THREAD_{names.get(granted, granted)} from {MPI.get_vendor()}",
             fix="use an MPI built with thread support, and let hpcinfer initialise it",
         )
+    return MPI
+
+
+def load_launched_mpi(environment: LaunchEnvironment) -> Any:
+    """`load_mpi` in a rank of a launcher, with the check that its world is what the launcher started. Needs no torch, so that a
+    wrong launch is said at once.
+
+    Args:
+        environment: of this process.
+
+    Raises:
+        LaunchError: see `load_mpi` and `launch.guard.check_world`.
+    """
+    try:
+        MPI = load_mpi()
+    except LaunchError:
+        linger(environment)
+        raise
+    check_world(environment, MPI.COMM_WORLD.Get_size(), MPI.COMM_WORLD.Get_rank(), vendor=MPI.get_vendor()[0])
     return MPI
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 from hpcinfer.comm.bootstrap import World, local_world, start_world
@@ -42,6 +43,7 @@ def enter(environment: LaunchEnvironment, place: Place) -> tuple[World | None, l
         MPI = load_mpi()
     except LaunchError as error:
         if not is_first:
+            place.abort = os._exit  # this rank alone: the first goes on for as long as its examination takes
             time.sleep(LINGER_S)
             raise
         place.size = 1

@@ -7,8 +7,9 @@ import time
 from hpcinfer.errors import LaunchError
 from hpcinfer.launch.env import LaunchEnvironment
 
-LINGER_S = 10.0
-"""Ranks that do not report wait so long for the one that does: `srun -K1` would kill it when they end first."""
+LINGER_S = 4.0
+"""Ranks that do not report wait so long for the one that does: `srun -K1` would kill it when they end first. Whoever waits for
+the launch to end waits as long."""
 
 
 def check_world(environment: LaunchEnvironment, world_size: int, world_rank: int, *, vendor: str = "") -> None:
@@ -26,9 +27,15 @@ def check_world(environment: LaunchEnvironment, world_size: int, world_rank: int
     error = singleton_error(environment, world_size, world_rank, vendor=vendor)
     if error is None:
         return
+    linger(environment)
+    raise error
+
+
+def linger(environment: LaunchEnvironment) -> None:
+    """Called before an error is raised that every rank of the launch is likely to have: leaves time to the rank that the launcher
+    calls 0, which does not wait, to report it and to end the others."""
     if environment.launcher_rank != 0:
         time.sleep(LINGER_S)
-    raise error
 
 
 def singleton_error(

@@ -6,10 +6,12 @@ hangs in finalize.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -24,6 +26,7 @@ FORWARD_S = 0.3
 """A launcher that is told to abort may drop what it has not forwarded yet: the report needs this long to get through."""
 INIT_TIMEOUT_S = 30
 """Before MPI is up the others may still be importing; a rank that has not met them by then kills itself instead."""
+CANCEL_TIMEOUT_S = 5
 AGREED_TIMEOUT_S = 10
 INTERRUPTED = 130
 
@@ -111,12 +114,22 @@ def end_all(place: Place, code: int) -> None:
 
 
 def _abort_before_start(code: int) -> None:
-    """This rank failed before MPI was up, and the others wait for it there, for ever: join them to end them."""
+    """This rank failed before MPI was up, and the others wait for it there, for ever: join them to end them. Where it has no MPI to
+    join them with, srun without -K1 would let them wait: the whole step is cancelled."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError):
+        _cancel_step(LaunchEnvironment.from_environ())
         os.kill(os.getpid(), signal.SIGKILL)
     MPI.COMM_WORLD.Abort(code)
+
+
+def _cancel_step(environment: LaunchEnvironment) -> None:
+    if environment.launcher != "srun":
+        return
+    command = ["scancel", "--signal=KILL", f"{environment.job_id}.{environment.step_id}"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no scancel here, or no controller that answers
+        subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=CANCEL_TIMEOUT_S, check=False)
 
 
 def _kill_after(seconds: int) -> None:

@@ -11,6 +11,7 @@ import typing
 from collections.abc import Sequence
 from pathlib import Path
 
+from hpcinfer.comm.mpi_library import load_launched_mpi
 from hpcinfer.config.job import JobConfig
 from hpcinfer.config.load import load_job
 from hpcinfer.config.model import ModelConfig
@@ -105,6 +106,7 @@ def enter_world(environment: LaunchEnvironment, place: Place) -> World:
     """
     if environment.launcher != "none":
         die_with_parent()  # before anything that takes time: an orphan could start to write
+        load_launched_mpi(environment)  # before torch, which takes seconds
     # torch and MPI are loaded here and not above: starting ranks needs neither.
     from hpcinfer.comm.bootstrap import local_world, start_world
 

@@ -1,10 +1,11 @@
 """Reports of errors, and what becomes of the exit code. Ends of whole worlds are in tests/ranks/test_launch.py."""
 
 import signal
+import sys
 
 import pytest
 
-from hpcinfer.errors import ConfigError, ResumableError
+from hpcinfer.errors import ConfigError, LaunchError, ResumableError
 from hpcinfer.launch import report
 from hpcinfer.launch.report import Place, run_as_rank
 
@@ -67,6 +68,29 @@ def test_an_agreed_error_is_printed_by_rank_0(alarms, capfd, rank, printed):
     assert run_as_rank(fails_with(error), Place(rank=rank, size=2, host="h", abort=abort)) == 2
     assert capfd.readouterr().err.count("same everywhere") == printed
     assert alarms == [report.AGREED_TIMEOUT_S]
+
+
+@pytest.mark.parametrize(
+    ("variables", "cancelled"),
+    [
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "4"}, ["7.2"]),
+        ({"PMI_RANK": "0", "PMI_SIZE": "4"}, []),  # an mpiexec ends all with the first that dies
+    ],
+)
+def test_a_rank_without_mpi_ends_all(monkeypatch, alarms, variables, cancelled):
+    """It cannot tell the others, which wait for it in MPI's start."""
+    steps, kills = [], []
+    for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "PMI_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    monkeypatch.setattr(report.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(report.subprocess, "run", lambda command, **more: steps.append(command[-1]))
+    monkeypatch.setattr(report.os, "kill", lambda pid, number: kills.append(number) or sys.exit("killed"))
+    with pytest.raises(SystemExit, match="killed"):
+        run_as_rank(fails_with(LaunchError("no MPI")))
+    assert (steps, kills, alarms) == (cancelled, [signal.SIGKILL], [report.INIT_TIMEOUT_S])
 
 
 def test_exit_0_is_no_error():
