@@ -1,0 +1,68 @@
+"""The dated result of rounds of faults: PATH.json has every round, PATH.md a table. Rounds that are run again replace their own."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def add(path: str, found: dict) -> None:
+    """Add what one round found to PATH.json, and render PATH.md anew."""
+    file = Path(f"{path}.json")
+    rounds = json.loads(file.read_text())["rounds"] if file.exists() else []
+    rounds = [each for each in rounds if (each["fault"], each["round"]) != (found["fault"], found["round"])] + [found]
+    file.write_text(json.dumps({**_facts(), "rounds": rounds}, indent=1) + "\n")
+    Path(f"{path}.md").write_text(render(json.loads(file.read_text())))
+
+
+def render(result: dict) -> str:
+    """The table, and what it means."""
+    faults = list(dict.fromkeys(each["fault"] for each in result["rounds"]))
+    rows = [_row([each for each in result["rounds"] if each["fault"] == fault]) for fault in faults]
+    return "\n".join([
+        f"# A task of a job array is disturbed, {result['date']}",
+        "",
+        f"{result['slurm']} with 7 nodes on one host of {result['cores']} cores (each node with its own hostname, network, boot id and "
+        "/dev/shm),",
+        "`hpcinfer submit --array 3` of 180 rows on slow ranks, replicas of one rank (tp1) or of two ranks on two nodes (tp2). One fault a "
+        "round,",
+        "at a random moment: round 0 while the ranks start, rounds 1 to 4 each in its quarter of 12 s of generation. Written by",
+        "",
+        "    python -m pytest tests/slurm/test_faults.py --full --slurm-faults PATH",
+        "",
+        "A round has passed when every row is in the output once, with the text of an undisturbed run; a cancelled task stays away, every",
+        "other one ends as COMPLETED; and the two tasks that were left alone went on: the longest time in which one of them finished no "
+        "step is",
+        "under run.heartbeat_s as it is by default, 5 s. The same figure before the fault shows what the machine itself does to it.",
+        "",
+        "| fault | passed | layouts | rows done when it came | lives of the task | from the fault to the last row, s | longest "
+        "standstill of the others, s: before | after |",
+        "|---|---|---|---|---|---|---|---|",
+        *rows,
+        "",
+        "Single rounds, with their seeds and what exactly was done: the JSON file of the same name.",
+        "",
+    ])
+
+
+def _row(rounds: Sequence[dict]) -> str:
+    passed = [each for each in rounds if each["passed"]]
+    cells = [rounds[0]["fault"], f"{len(passed)} of {len(rounds)}", ", ".join(sorted({each["layout"] for each in rounds}))]
+    cells += [_span(rounds, name, ".0f") for name in ("rows_done", "lives", "recovery_s")]
+    cells += [f"{max(each[name] for each in rounds):.2f}" for name in ("standstill_before_s", "standstill_after_s")]
+    return f"| {' | '.join(cells)} |"
+
+
+def _span(rounds: Sequence[dict], name: str, form: str) -> str:
+    values = [each[name] for each in rounds]
+    least, most = format(min(values), form), format(max(values), form)
+    return least if least == most else f"{least} - {most}"
+
+
+def _facts() -> dict:
+    slurm = subprocess.run(["sinfo", "--version"], capture_output=True, text=True, check=False).stdout.strip()
+    return {"benchmark": "slurm faults", "date": datetime.date.today().isoformat(), "slurm": slurm, "cores": os.cpu_count()}
