@@ -28,9 +28,10 @@ def render(result: dict) -> str:
         "",
         f"{result['slurm']} with 7 nodes on one host of {result['cores']} cores (each node with its own hostname, network, boot id and "
         "/dev/shm),",
-        "`hpcinfer submit --array 3` of 180 rows on slow ranks, replicas of one rank (tp1) or of two ranks on two nodes (tp2). One fault a "
+        "`hpcinfer submit --array 3` of 130 rows on slow ranks, replicas of one rank (tp1) or of two ranks on two nodes (tp2). One fault a "
         "round,",
-        "at a random moment: round 0 while the ranks start, rounds 1 to 4 each in its quarter of 12 s of generation. Written by",
+        "at a random moment: round 0 while the ranks start, rounds 1 to 4 each in its quarter of 10 s of generation (a time limit comes when",
+        "Slurm next looks at limits, which it does every 30 s). Written by one or several starts of",
         "",
         "    python -m pytest tests/slurm/test_faults.py --full --slurm-faults PATH",
         "",
@@ -64,5 +65,5 @@ def _span(rounds: Sequence[dict], name: str, form: str) -> str:
 
 
 def _facts() -> dict:
-    slurm = subprocess.run(["sinfo", "--version"], capture_output=True, text=True, check=False).stdout.strip()
+    slurm = subprocess.run(["slurmd", "-V"], capture_output=True, text=True, check=False).stdout.strip()
     return {"benchmark": "slurm faults", "date": datetime.date.today().isoformat(), "slurm": slurm, "cores": os.cpu_count()}
