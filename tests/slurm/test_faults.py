@@ -11,12 +11,16 @@ from collections.abc import Iterator
 import pytest
 
 from hpcinfer.config.job import RunSection
+from hpcinfer.data.ledger.run_directory import create_or_open
+from hpcinfer.data.ledger.writers import WriterIdentity, register_writer
+from tests.faults.shim.harness import identity
 from tests.runs import assert_same, read_outputs, run_demo
 from tests.slow_runs import write_job
 from tests.slurm import cluster as slurm_cluster
 from tests.slurm import fault_record
 from tests.slurm.disturbed import FAULTS, LOST_AFTER_S, DisturbedRun, Victim, Watch
 from tests.slurm.jobs import logs, wait_for
+from tests.waiting import until
 
 NUM_ROWS = 130
 ROUNDS = 5
@@ -164,6 +168,22 @@ def test_a_row_longer_than_the_time_limit(nodes, workplace, tmp_path):
     assert len(output[long_row, 0][0]) == num_tokens
     run_demo(tmp_path / "undisturbed", [*job, "parallel.tp=1"])
     assert_same(output, read_outputs(tmp_path / "undisturbed"))
+
+
+def test_the_watch_sees_a_standstill(tmp_path):
+    """What `test_the_others_go_on` measures: the pause of a writer at work, and neither loading nor what came before."""
+    writer = register_writer(create_or_open(tmp_path / "run", identity(10)), WriterIdentity(job="7"), interval_s=0)
+    with Watch(tmp_path / "run") as watch:
+        writer.set_state("loading")
+        time.sleep(1.0)
+        writer.set_state("running")
+        watch.fault()
+        for pause_s in (0.05, 0.7, 0.05):
+            time.sleep(pause_s)
+            writer.step_finished()
+        until(lambda: watch.of({"7"})[0].num_beats >= 3)
+    [pulse] = watch.of({"7"})
+    assert pulse.longest_s["after"] >= 0.6 and pulse.longest_s["before"] == 0.0 and not watch.of({"8"})
 
 
 def names(cluster: slurm_cluster.Cluster, node_list: str, batch_host: str) -> tuple[str, ...]:
