@@ -5,10 +5,10 @@ run (the run directory), max_lives, scratch, pids (the process ids of srun) and 
 The rule is that of `AFTER`: nobody but the marker file says that a run is complete; a failure (exit codes 1 and 2) is final; all
 else may go on, within a number of lives and as long as two lives in a row do not end with nothing committed.
 
-What "nothing" means is defined in `data.ledger.lives`, by which a start of the program refuses a third such life; `outcome` looks at the same
-files in the same way (a test compares the two). Both are needed: the program's rule also counts lives whose batch shell was lost
-with its node; this one also counts lives that came to their end before they could register, and those of a chain of successors, and
-it spares the queue a job that would only be refused.
+What "nothing" means is defined in `data.ledger.lives`, by which a start of the program refuses a third such life; `outcome` looks at
+the same files in the same way (a test compares the two). Both are needed: the program's rule also counts lives whose batch shell was
+lost with its node; this one also counts lives that came to their end before they could register, and those of a chain of successors,
+and it spares the queue a job that would only be refused.
 """
 
 BEGIN = """\

@@ -47,7 +47,9 @@ def can_have_namespaces() -> bool:
     return os.geteuid() == 0 and all(shutil.which(name, path=_PATH) for name in ("ip", "unshare", "nsenter"))
 
 
-def start(num_nodes: int, *, namespaces: bool = False, gpus: int = 0, cpus: int = 8, kill_wait_s: int = 3, lost_after_s: int = 20) -> Cluster:
+def start(
+    num_nodes: int, *, namespaces: bool = False, gpus: int = 0, cpus: int = 8, kill_wait_s: int = 3, lost_after_s: int = 20
+) -> Cluster:
     """Start a cluster and wait until its nodes are idle.
 
     Args:

@@ -303,7 +303,8 @@ def end_time(victim: Victim) -> Iterator[str]:
 def cut_off(victim: Victim) -> Iterator[str]:
     """Of a node's network. Heals before Slurm gives the node up, or after that (then the job has been requeued)."""
     node = victim.rng.choice(victim.nodes)
-    for_s = victim.rng.uniform(2, LOST_AFTER_S - 2) if victim.number // 2 % 2 == 0 else victim.rng.uniform(2 * LOST_AFTER_S, 3 * LOST_AFTER_S)
+    least_s, most_s = (2 * LOST_AFTER_S, 3 * LOST_AFTER_S) if victim.number // 2 % 2 else (2, LOST_AFTER_S - 2)
+    for_s = victim.rng.uniform(least_s, most_s)
     victim.cluster.set_link(node, up=False)
     began = time.monotonic()
     which = "the batch host" if node == victim.nodes[0] else "the second node"
