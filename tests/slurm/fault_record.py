@@ -54,12 +54,14 @@ def _row(rounds: Sequence[dict]) -> str:
     passed = [each for each in rounds if each["passed"]]
     cells = [rounds[0]["fault"], f"{len(passed)} of {len(rounds)}", ", ".join(sorted({each["layout"] for each in rounds}))]
     cells += [_span(rounds, "rows_done", ".0f"), _span(rounds, "lives", ".0f"), f"{_span(rounds, 'recovery_s', '.0f')} s"]
-    cells += [f"{max(each[name] for each in rounds):.2f} s" for name in ("standstill_before_s", "standstill_after_s")]
+    cells += [f"{max(each.get(name, 0.0) for each in rounds):.2f} s" for name in ("standstill_before_s", "standstill_after_s")]
     return f"| {' | '.join(cells)} |"
 
 
 def _span(rounds: Sequence[dict], name: str, form: str) -> str:
-    values = [each[name] for each in rounds]
+    values = [each[name] for each in rounds if name in each]  # a round that failed has not all
+    if not values:
+        return "-"
     least, most = format(min(values), form), format(max(values), form)
     return least if least == most else f"{least} - {most}"
 

@@ -50,10 +50,10 @@ def undisturbed(job, tmp_path_factory) -> dict:
 
 @pytest.fixture(scope="module")
 def seven_nodes() -> Iterator[slurm_cluster.Cluster]:
-    """Room for three tasks of two nodes, and one to spare."""
+    """Room for three tasks of two nodes, and one to spare; between SIGTERM and SIGKILL as long as it is by default."""
     if not slurm_cluster.can_have_namespaces():
         pytest.skip("nodes of their own need root, and unshare, nsenter, ip (iproute2)")
-    with slurm_cluster.start(7, namespaces=True, kill_wait_s=10, lost_after_s=LOST_AFTER_S) as running:
+    with slurm_cluster.start(7, namespaces=True, kill_wait_s=30, lost_after_s=LOST_AFTER_S) as running:
         yield running
 
 
