@@ -69,9 +69,12 @@ writers() { # of this job in the run directory: an id for each replica of each l
         echo "${writer%.json}"
     done
 }
+new_writers() { # of this life
+    writers | grep -vxF -e "$writers_before"
+}
 outcome() { # of this life: rows are committed; it waited, because others had all that was left; or nothing
     local new writer found=waited
-    new=$(writers | grep -vxF -e "$writers_before")
+    new=$(new_writers)
     for writer in $new; do
         ls "$run/segments/" | grep -qF "seg-$writer-" && echo rows && return
         grep -qsE '"state": "(idle|merging)"|"reason": "(done|no rows)"' "$run/writers/$writer.beat" || found=nothing
@@ -84,8 +87,13 @@ writers_before=$(writers)
 
 AFTER = """\
 # ---- until the ranks end
-# srun passes USR1 on to every rank. TERM comes to them from Slurm; from here srun would kill them with it.
-trap 'kill -USR1 "${pids[@]}" 2>/dev/null' USR1
+# srun passes USR1 on to every rank, and would end those that still start: they are told when each step has a writer in the run
+# directory. TERM comes to them from Slurm; from here srun would kill them with it.
+tell() {
+    until (($(new_writers | wc -l) >= ${#pids[@]})); do sleep 0.5; done
+    kill -USR1 "${pids[@]}" 2>/dev/null
+}
+trap 'tell &' USR1
 code=0
 for pid in "${pids[@]}"; do
     # A signal interrupts wait. Bash remembers how the process ended.

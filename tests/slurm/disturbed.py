@@ -52,7 +52,7 @@ class DisturbedRun:
         python = slow_python(folder, step_s)
         site = {
             "slurm": {"ranks_per_node": 1, "options": ["--exclusive"], **(slurm or {})},
-            "environment": {"python": str(python), "variables": {"UCX_TLS": "tcp,self"}},
+            "environment": {"python": str(python), "variables": {"UCX_TLS": "tcp,self", "UCX_NET_DEVICES": "eth0"}},
         }
         shape = ["--array", tasks, "--nodes", tasks * tp] if tasks > 1 else ["--nodes", tp]
         [self.job] = submit_demo(
@@ -326,10 +326,9 @@ FAULTS: dict[str, Fault] = {
 
 
 def _lose(victim: Victim, node: str, which: str) -> Iterator[str]:
+    """For the whole round: a node that comes back with processes of a job that has been requeued is set aside by Slurm."""
     victim.cluster.set_node(node, "down")
     yield f"{which} set down"
-    time.sleep(victim.rng.uniform(0.5, 5))
-    victim.cluster.set_node(node, "resume")
 
 
 def _kill(pids: Sequence[int]) -> None:

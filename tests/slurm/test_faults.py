@@ -67,7 +67,7 @@ def nodes(seven_nodes) -> Iterator[slurm_cluster.Cluster]:
         seven_nodes.run("scancel", f"--user={seven_nodes.user}", check=False)
         time.sleep(0.2)
     for node, state in seven_nodes.node_states().items():
-        if state.startswith("down"):
+        if state.startswith(("down", "drain")):
             seven_nodes.set_node(node, "resume")
     wait_for(lambda: {state.rstrip("*") for state in seven_nodes.node_states().values()} == {"idle"})
 
@@ -134,6 +134,7 @@ def disturb(nodes, folder, job, undisturbed, tp: int, number: int, rng: random.R
         expected[victim.job] = ("CANCELLED", ends[victim.job][1])
         assert run.tasks()[chosen]["Restarts"] == "0" and found["lives"] <= 1, report
     assert ends == expected, report
+    assert all(each["Restarts"] == "0" for each in run.tasks().values() if each["JobId"] in others), report
     assert len(watch.of(others)) == 2 and all(pulse.num_beats > 20 for pulse in watch.of(others)), report
     assert found["standstill_after_s"] < STANDSTILL_S, report
     wait_for(lambda: not any(run.processes(each)["rank"] for each in ends), within_s=30)
