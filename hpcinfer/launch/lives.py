@@ -34,7 +34,9 @@ finish() { # with an exit code; nothing goes on, unless Slurm itself ends this j
     exit "$1"
 }
 # Until there are ranks to tell, a signal must not end this shell.
-trap : USR1 TERM
+warned=
+trap warned=yes USR1
+trap : TERM
 """
 
 REQUEUE = """\
@@ -94,6 +96,7 @@ tell() {
     kill -USR1 "${pids[@]}" 2>/dev/null
 }
 trap 'tell &' USR1
+[[ -z $warned ]] || tell &
 code=0
 for pid in "${pids[@]}"; do
     # A signal interrupts wait. Bash remembers how the process ended.
