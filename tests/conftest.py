@@ -21,12 +21,15 @@ settings.load_profile("shared")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run every case of the long matrices")
-    parser.addoption("--rotation", default=None, help="seed of the subset run without --full; default: the commit")
+    parser.addoption("--rotation", default=None, help="seed of the subset run without --full, and of faults; default: the commit")
+    parser.addoption(
+        "--slurm-faults", default=None, metavar="PATH", help="tests/slurm/test_faults.py writes what each round found to PATH.json and .md"
+    )
 
 
 def pytest_report_header(config: pytest.Config) -> str:
     if config.getoption("full"):
-        return "long matrices: all cases"
+        return f"long matrices: all cases, rotation {_rotation(config)!r}"
     return f"long matrices: one case in {ROTATION_SHARE}, rotation {_rotation(config)!r} (--rotation SEED repeats it)"
 
 
@@ -38,6 +41,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if item not in set(dropped)]
+
+
+@pytest.fixture(scope="session")
+def rotation(pytestconfig) -> str:
+    """The seed of what is drawn anew for every commit; `--rotation` repeats it."""
+    return _rotation(pytestconfig)
 
 
 def _in_turn(nodeid: str, rotation: str) -> bool:

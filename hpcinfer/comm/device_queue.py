@@ -16,7 +16,7 @@ from typing import Any
 
 from hpcinfer.comm.operation import Mark, Operation, OperationQueue, overdue_error
 from hpcinfer.comm.streams import Event, Streams
-from hpcinfer.errors import CommunicationError
+from hpcinfer.errors import CommunicationError, LostPeerError
 from hpcinfer.observe.trace import Recorder
 
 _POLL_S = 0.0005
@@ -124,7 +124,7 @@ class EventQueue(OperationQueue):
     def fail(self, problem: str, cause: Exception) -> CommunicationError:
         """Take note of a failure; the first one stays."""
         reporting = self._reporting
-        self.failure = self.failure or CommunicationError(
+        self.failure = self.failure or LostPeerError(
             problem,
             found=f"{cause}; world rank {reporting.world_rank}, host {reporting.host or 'unknown'}",
             fix="set NCCL_DEBUG=WARN and start again: NCCL then says more; ranks must issue the same operations in the same order",

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from hpcinfer.errors import CommunicationError
+from hpcinfer.errors import LostPeerError
 from hpcinfer.launch.signals import DrainFlag
 
 _TAG = 11
@@ -59,13 +59,13 @@ class DrainNotices:
         """Part: everything that was sent is taken. Collective.
 
         Raises:
-            CommunicationError: another rank did not get there within the deadline.
+            LostPeerError: another rank did not get there within the deadline.
         """
         end_s = time.monotonic() + deadline_s
         with self._lock:
             while not self._part():
                 if time.monotonic() > end_s:
-                    raise CommunicationError(
+                    raise LostPeerError(
                         f"ranks did not part within {deadline_s:g} s",
                         found=f"waiting for {sorted(self._talking) or [self._leader]}", fix="look at the logs of those ranks",
                     )

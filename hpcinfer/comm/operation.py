@@ -8,7 +8,7 @@ import collections
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hpcinfer.errors import CommunicationError
+from hpcinfer.errors import CommunicationError, LostPeerError
 
 
 class Mark:
@@ -172,7 +172,7 @@ def overdue_error(operation: Operation, described: str, state: str, age_s: float
         state: how far it got.
         age_s: how long it has been waited for.
     """
-    return CommunicationError(
+    return LostPeerError(
         f"{operation.verb} on communicator {operation.queue.name!r} did not finish within its deadline of {deadline_s:g} s",
         found=f"waited {age_s:.1f} s for {described}; {state}",
         fix="look at the other ranks of this communicator: one has died, is stuck, or issued its operations in "

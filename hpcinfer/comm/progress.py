@@ -17,7 +17,7 @@ import threading
 import time
 
 from hpcinfer.comm.operation import Mark, MpiOperation, OperationQueue, overdue_error
-from hpcinfer.errors import CommunicationError
+from hpcinfer.errors import CommunicationError, LostPeerError
 from hpcinfer.observe.trace import Recorder
 
 POLL_S = 0.0005
@@ -199,7 +199,7 @@ class ProgressEngine:
 
     def _fail(self, operation: MpiOperation, cause: Exception) -> None:
         queue = operation.queue
-        operation.error = CommunicationError(
+        operation.error = LostPeerError(
             f"{operation.verb} on communicator {queue.name!r} failed",
             found=f"{cause}; {self._describe(operation)}",
             fix="ranks must issue the same operations, with the same shapes and dtypes, in the same order",

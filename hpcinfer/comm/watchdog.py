@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from hpcinfer.comm.operation import Mark
-from hpcinfer.errors import CommunicationError
+from hpcinfer.errors import CommunicationError, LostPeerError
 
 PERIOD_S = 0.25
 _FAREWELL = -2
@@ -91,7 +91,7 @@ class Watchdog:
                 return error
         for what, since_s in list(self._guarded.values()):
             if now_s - since_s > self.deadline_s:
-                return CommunicationError(
+                return LostPeerError(
                     f"{what} did not return within {self.deadline_s:g} s",
                     found=f"called {now_s - since_s:.1f} s ago",
                     fix="one of the ranks that take part has died or is stuck: look at their logs",
@@ -133,7 +133,7 @@ class Heart:
             return None
         where = f"rank {self._previous} on host {self._previous_host}"
         at = f"at tick {self._last_tick}" if self._last_tick >= 0 else "before its first tick"
-        return CommunicationError(
+        return LostPeerError(
             f"{where} has been silent for {now_s - self._heard_s:.1f} s; it should send a heartbeat every {self._period_s:g} s",
             found=f"last heard {at}",
             fix="its process is stopped, its node has died or the network between has: look at that host, then start again",

@@ -4,6 +4,11 @@
 run (the run directory), max_lives, scratch, pids (the process ids of srun) and the function on_every_node.
 The rule is that of `AFTER`: nobody but the marker file says that a run is complete; a failure (exit codes 1 and 2) is final; all
 else may go on, within a number of lives and as long as two lives in a row do not end with nothing committed.
+
+What "nothing" means is defined in `data.ledger.lives`, by which a start of the program refuses a third such life; `outcome` looks at
+the same files in the same way (a test compares the two). Both are needed: the program's rule also counts lives whose batch shell was
+lost with its node; this one also counts lives that came to their end before they could register, and those of a chain of successors,
+and it spares the queue a job that would only be refused.
 """
 
 BEGIN = """\
@@ -29,7 +34,9 @@ finish() { # with an exit code; nothing goes on, unless Slurm itself ends this j
     exit "$1"
 }
 # Until there are ranks to tell, a signal must not end this shell.
-trap : USR1 TERM
+warned=
+trap warned=yes USR1
+trap : TERM
 """
 
 REQUEUE = """\
@@ -58,20 +65,38 @@ fi
 
 BEFORE = """\
 # ---- what is there before this life
-marker=$(cat "$run/done.json" 2>/dev/null)
-committed() { # names of the segments of this job's lives
+writers() { # of this job in the run directory: an id for each replica of each life
     grep -rlsZ --include='*.json' "\\"job\\": \\"$SLURM_JOB_ID\\"" "$run/writers" | while read -r -d '' writer; do
         writer=${writer##*/}
-        ls "$run/segments/" | grep -F "seg-${writer%.json}-"
+        echo "${writer%.json}"
     done
 }
-committed_before=$(committed)
+new_writers() { # of this life
+    writers | grep -vxF -e "$writers_before"
+}
+outcome() { # of this life: rows are committed; it waited, because others had all that was left; or nothing
+    local new writer found=waited
+    new=$(new_writers)
+    for writer in $new; do
+        ls "$run/segments/" | grep -qF "seg-$writer-" && echo rows && return
+        grep -qsE '"state": "(idle|merging)"|"reason": "(done|no rows)"' "$run/writers/$writer.beat" || found=nothing
+    done
+    [[ $new ]] && echo "$found" || echo nothing
+}
+marker=$(cat "$run/done.json" 2>/dev/null)
+writers_before=$(writers)
 """
 
 AFTER = """\
 # ---- until the ranks end
-# srun passes USR1 on to every rank. TERM comes to them from Slurm; from here srun would kill them with it.
-trap 'kill -USR1 "${pids[@]}" 2>/dev/null' USR1
+# srun passes USR1 on to every rank, and would end those that still start: they are told when each step has a writer in the run
+# directory. TERM comes to them from Slurm; from here srun would kill them with it.
+tell() {
+    until (($(new_writers | wc -l) >= ${#pids[@]})); do sleep 0.5; done
+    kill -USR1 "${pids[@]}" 2>/dev/null
+}
+trap 'tell &' USR1
+[[ -z $warned ]] || tell &
 code=0
 for pid in "${pids[@]}"; do
     # A signal interrupts wait. Bash remembers how the process ended.
@@ -90,6 +115,9 @@ if [[ -e $run/done.json ]] && { ((code == 0)) || [[ $(<"$run/done.json") != "$ma
     say "the run is complete"
     finish 0
 fi
+# What this life came to is noted before anything ends it.
+mkdir -p -- "$run/logs"
+echo "$(outcome): job $me, life $life, until $(date +%FT%T)" >>"$run/logs/lives-$chain"
 case $(ended_by) in
     user)
         say "ended by its user; unless it is requeued, submit it again to go on from what is committed"
@@ -100,13 +128,7 @@ esac
 if ((code == 1 || code == 2)); then
     say "failed with exit code $code; to run it again as it is would not help"
     finish "$code"
-elif [[ ! -e $run/run.json ]]; then
-    say "the ranks ended before the run began"
-    finish 1
-fi
-[[ $(committed) == "$committed_before" ]] && outcome=nothing || outcome=rows
-echo "$outcome committed by job $me, life $life, until $(date +%FT%T)" >>"$run/logs/lives-$chain"
-if [[ $(tail -n 2 "$run/logs/lives-$chain" | cut -d ' ' -f 1 | xargs) == "nothing nothing" ]]; then
+elif [[ $(tail -n 2 "$run/logs/lives-$chain" | cut -d : -f 1 | xargs) == "nothing nothing" ]]; then
     say "two lives in a row committed nothing: something is wrong that another life would not mend"
     finish 1
 elif ((life >= max_lives)); then

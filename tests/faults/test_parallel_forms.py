@@ -94,7 +94,7 @@ KILLED = {"sp2 x tp2, ep4", "tp2, sequence form"}
 
 MISSED = re.compile(
     r"hpcinfer: error on rank (?P<rank>\d+) of (?P<size>\d+) on host (?P<host>\S+)\n"
-    r"CommunicationError: (?P<verb>\w+) on communicator '(?P<axis>[^']+)' did not finish within its deadline of "
+    r"LostPeerError: (?P<verb>\w+) on communicator '(?P<axis>[^']+)' did not finish within its deadline of "
     r"(?P<deadline>[\d.]+) s\n"
     r"  found: waited (?P<waited>[\d.]+) s for (?P=verb)(?: \([^)]+\))? of (?P<bytes>\d+) bytes by rank \d+ of \d+ in "
     r"'(?P=axis)' \(world rank (?P=rank), host (?P=host)\), "

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hpcinfer.errors import ExitCode
 from tests.mpi import descendants, kill_tree, run_ranks, start_world_process
 from tests.runs import wait_until_gone
 
@@ -33,6 +34,7 @@ def test_a_stopped_rank_is_reported(victim):
         kill_tree(process.pid)
     assert 1.5 < ended_s < 12, f"{ended_s:.1f} s after it was stopped: twice the deadline of 1 s is the limit\n{stderr}"
     assert f"rank {victim} on host {os.uname().nodename} has been silent" in stderr, stderr
+    assert process.returncode == ExitCode.RESUMABLE, "on other nodes it may go well"
     assert "last heard at tick 812" in stderr and f"error on rank {(victim + 1) % 3} of 3" in stderr, stderr
 
 

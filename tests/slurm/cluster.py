@@ -5,13 +5,14 @@
         record = cluster.wait(job)
 
 Two forms. The plain one needs no root: all nodes share the host's name, network and /dev/shm. With `namespaces=True` (root) each node
-has its own hostname, address, /dev/shm and node-local folder, behind a bridge that is cut off from the host's network.
+has its own hostname, address, boot id, /dev/shm and node-local folder, behind a bridge that is cut off from the host's network.
 Nothing is left when it ends, whatever happens (`keeper.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
 import pwd
@@ -46,7 +47,9 @@ def can_have_namespaces() -> bool:
     return os.geteuid() == 0 and all(shutil.which(name, path=_PATH) for name in ("ip", "unshare", "nsenter"))
 
 
-def start(num_nodes: int, *, namespaces: bool = False, gpus: int = 0, cpus: int = 8, kill_wait_s: int = 3) -> Cluster:
+def start(
+    num_nodes: int, *, namespaces: bool = False, gpus: int = 0, cpus: int = 8, kill_wait_s: int = 3, lost_after_s: int = 20
+) -> Cluster:
     """Start a cluster and wait until its nodes are idle.
 
     Args:
@@ -54,6 +57,7 @@ def start(num_nodes: int, *, namespaces: bool = False, gpus: int = 0, cpus: int 
         gpus: fake GPUs a node, at most 4.
         cpus: CPUs that each node claims to have.
         kill_wait_s: time between SIGTERM and SIGKILL at the end of a job.
+        lost_after_s: a node that does not answer for so long is down, and its jobs fail or are requeued (SlurmdTimeout).
     """
     folder = Path(tempfile.mkdtemp(prefix="hpcinfer-slurm-"))
     names = [f"n{number}" for number in range(1, num_nodes + 1)]
@@ -64,7 +68,9 @@ def start(num_nodes: int, *, namespaces: bool = False, gpus: int = 0, cpus: int 
     (folder / "state").mkdir()
     ports = [6817, *[6818] * num_nodes] if namespaces else _free_ports(num_nodes + 1)
     (folder / "slurm.conf").write_text(
-        _slurm_conf(folder, names, ports, namespaces=namespaces, gpus=gpus, cpus=cpus, kill_wait_s=kill_wait_s)
+        _slurm_conf(
+            folder, names, ports, namespaces=namespaces, gpus=gpus, cpus=cpus, kill_wait_s=kill_wait_s, lost_after_s=lost_after_s
+        )
     )
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     if gpus:
@@ -89,6 +95,7 @@ class Cluster:
         """With namespaces: a folder with other content on each node (and empty on the host)."""
         self.user = _user_name()
         self._keeper: subprocess.Popen | None = None
+        self._started_s = 0.0
 
     def __enter__(self) -> Cluster:
         return self
@@ -129,6 +136,7 @@ class Cluster:
                 command, cwd=ROOT, env=self.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
                 start_new_session=True,
             )
+        self._started_s = time.time()
         assert self._keeper.stdout.readline() == "started\n", self._report("the daemons did not start")
         self._until(lambda: set(self.node_states().values()) == {"idle"}, "the nodes are not idle", within_s=60)
 
@@ -201,6 +209,12 @@ class Cluster:
         """Cut a node off the network, or bring it back. Needs namespaces."""
         self.run("ip", "link", "set", link_name(node), "up" if up else "down")
 
+    def next_limit_check_s(self) -> float:
+        """Seconds until the controller looks at time limits, which it does every 30 s: warnings and limits come only then."""
+        lines = [line for line in (self.folder / "slurmctld.log").read_text(errors="replace").splitlines() if "job time limit" in line]
+        last = datetime.datetime.fromisoformat(lines[-1][1:24]).timestamp() if lines else self._started_s
+        return last + 30 - time.time()
+
     def slurmd_pid(self, node: str) -> int:
         """Process id of a node's daemon."""
         return int((self.folder / f"{node}.pid").read_text())
@@ -224,7 +238,8 @@ class Cluster:
 
 
 def _slurm_conf(
-    folder: Path, names: Sequence[str], ports: Sequence[int], *, namespaces: bool, gpus: int, cpus: int, kill_wait_s: int
+    folder: Path, names: Sequence[str], ports: Sequence[int], *, namespaces: bool, gpus: int, cpus: int, kill_wait_s: int,
+    lost_after_s: int,
 ) -> str:
     host, user = socket.gethostname().split(".")[0], _user_name()
     lines = [
@@ -238,7 +253,8 @@ def _slurm_conf(
         "MpiDefault=pmi2", "ProctrackType=proctrack/linuxproc", "TaskPlugin=task/none", "MailProg=/bin/true",
         # Nodes have more CPUs than this host.
         "SlurmdParameters=config_overrides", "SelectType=select/cons_tres", "SelectTypeParameters=CR_Core",
-        "ReturnToService=1", "MinJobAge=3600", f"KillWait={kill_wait_s}", "SlurmdTimeout=20",
+        "ReturnToService=1", "MinJobAge=3600", f"KillWait={kill_wait_s}", f"SlurmdTimeout={lost_after_s}",
+        "SlurmctldDebug=debug2",  # says when it looks at time limits
         "SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0,sched_min_interval=0",
         "JobCompType=jobcomp/filetxt", f"JobCompLoc={folder}/jobcomp",
         f"StateSaveLocation={folder}/state", f"SlurmdSpoolDir={folder}/spool/%n", f"TmpFS={folder}/local/%n",

@@ -4,6 +4,7 @@
 A plan is a list of words, one for each life of the job, separated by commas:
     commit / nothing      a segment is committed first, or not
     3, 1, 0               it then ends with this code at once
+    late                  as the first word of the plan: in its first life it takes some seconds before it can be signalled
     drain                 it waits for SIGUSR1 or SIGTERM and ends with 3
     kill                  it kills itself
     done                  it writes the marker of a complete run and ends with 0
@@ -25,6 +26,8 @@ from hpcinfer.launch.site import apply_site
 
 def main() -> int:
     stopped = []
+    if os.environ["FAKE_PLAN"].startswith("late") and "SLURM_RESTART_COUNT" not in os.environ:
+        time.sleep(4)
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stopped.append(signal.Signals(number).name))
     apply_site("", os.environ)  # as `hpcinfer run` does

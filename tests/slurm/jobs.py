@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.conftest import ROOT
 from tests.slurm.cluster import Cluster
+
+SMALL_SITE = {"slurm": {"ranks_per_node": 2, "cores_per_rank": 1}}
 
 
 def toml(tables: dict[str, dict]) -> str:
@@ -35,6 +37,18 @@ def submit(cluster: Cluster, *arguments: object, cwd: Path = ROOT, check: bool =
     """Run `hpcinfer submit --json` as a user on a login node."""
     result = cluster.run(sys.executable, "-m", "hpcinfer", "submit", "--json", *map(str, arguments), cwd=cwd, check=check)
     return json.loads(result.stdout) if result.returncode == 0 else {"error": result.stderr}
+
+
+def submit_demo(cluster: Cluster, folder: Path, *arguments: object, site: dict = SMALL_SITE, settings: Sequence[str] = ()) -> dict:
+    """Submit the demo job from `folder` into its folder "run"."""
+    file = site_file(folder / "site", site)
+    words = [word for setting in ["data.output=run", *settings] for word in ("--set", setting)]
+    return submit(cluster, "jobs/demo.toml", "--site", file, *words, *arguments, cwd=folder)
+
+
+def writer_jobs(folder: Path) -> set[str]:
+    """The Slurm jobs that have taken part in the run."""
+    return {json.loads(path.read_text())["job"] for path in (folder / "run" / "writers").glob("*.json")}
 
 
 def logs(folder: Path) -> str:

@@ -27,9 +27,11 @@ BRIDGE = "cluster0"
 NETWORK = "10.77.0"
 CONTROLLER_ADDRESS = f"{NETWORK}.254"
 
-# Runs in the namespaces of a node; waits for its link before the daemon replaces it.
+# Runs in the namespaces of a node; waits for its link before the daemon replaces it. Whoever asks for the boot id, our ledger and UCX
+# among them, takes nodes for different machines.
 _NODE = """
-hostname "$1" && mount -t tmpfs tmpfs /dev/shm && mount -t tmpfs tmpfs "$3" && echo ready && read -r &&
+hostname "$1" && mount -t tmpfs tmpfs /dev/shm && mount -t tmpfs tmpfs "$3" && cat /proc/sys/kernel/random/uuid >/dev/shm/boot_id &&
+mount --bind /dev/shm/boot_id /proc/sys/kernel/random/boot_id && echo ready && read -r &&
 ip link set lo up && ip address add "$2/24" dev eth0 && ip link set eth0 up && shift 3 && exec "$@"
 """
 

@@ -24,9 +24,12 @@ def test_plans_of_lives(cluster, fakes):
         "unmarked": ("commit+0,done", {}),
         "killed": ("commit+kill,done", {}),
         "bounded": ("commit+3", {"max_lives": 2}),
+        "early": ("late+commit+drain,done", {}),
     }
     jobs = {name: fakes.submit(name, plan, slurm=slurm)[0] for name, (plan, slurm) in plans.items() if name != "drained"}
     jobs["drained"] = fakes.submit("drained", plans["drained"][0], "--time", "1", slurm=plans["drained"][1])[0]
+    cluster.wait(jobs["early"], "RUNNING")
+    cluster.run("scancel", "--signal=USR1", "--batch", str(jobs["early"]))
     ends = {name: cluster.wait(job, within_s=150) for name, job in jobs.items()}
     found = {name: (end["JobState"], end["ExitCode"], fakes.lives(name)) for name, end in ends.items()}
     everything = "\n".join(fakes.log(name) for name in jobs)
@@ -38,8 +41,10 @@ def test_plans_of_lives(cluster, fakes):
         "unmarked": ("COMPLETED", "0:0", 2),
         "killed": ("COMPLETED", "0:0", 2),
         "bounded": ("FAILED", "3:0", 2),
+        "early": ("COMPLETED", "0:0", 2),
     }, everything
     assert "fake rank stopped by SIGUSR1" in fakes.log("drained")
+    assert "fake rank stopped by SIGUSR1" in fakes.log("early"), "a warning before the ranks were ready is lost, or has ended them"
     assert "committed nothing" in fakes.log("stuck")
     assert "life 2: the run is complete" in fakes.log("killed")
 

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,10 +13,7 @@ import pytest
 from hpcinfer.data.generations import GenerationFile
 from tests.conftest import ROOT
 from tests.runs import assert_same, read_outputs, run_demo
-from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import logs, site_file, submit, toml, wait_for
-
-SMALL_SITE = {"slurm": {"ranks_per_node": 2, "cores_per_rank": 1}}
+from tests.slurm.jobs import SMALL_SITE, logs, site_file, submit, submit_demo, toml, wait_for, writer_jobs
 
 
 @pytest.fixture(scope="module")
@@ -28,21 +24,9 @@ def undisturbed(tmp_path_factory) -> dict:
     return read_outputs(output)
 
 
-def submit_demo(cluster: Cluster, folder: Path, *arguments: object, site: dict = SMALL_SITE, settings: Sequence[str] = ()) -> dict:
-    """Submit the demo job from `folder` into its folder "run"."""
-    file = site_file(folder / "site", site)
-    words = [word for setting in ["data.output=run", *settings] for word in ("--set", setting)]
-    return submit(cluster, "jobs/demo.toml", "--site", file, *words, *arguments, cwd=folder)
-
-
 def samples_of(outputs: dict, number: int) -> dict:
     """What a greedy run with `sampling.n` generates: each sample of a row is the row's text."""
     return {(row, sample): found for (row, _), found in outputs.items() for sample in range(number)}
-
-
-def writer_jobs(folder: Path) -> set[str]:
-    """The Slurm jobs that have taken part in the run."""
-    return {json.loads(path.read_text())["job"] for path in (folder / "run" / "writers").glob("*.json")}
 
 
 def test_two_nodes_in_one_step(cluster, workplace, undisturbed):
@@ -76,26 +60,21 @@ def test_steps_of_one_job(cluster, workplace, undisturbed):
     assert writer_jobs(workplace) == {str(report["jobs"][0])}
 
 
-@pytest.mark.parametrize("asked_by", ["a user", pytest.param("the time limit", marks=pytest.mark.full)])
-def test_a_drained_job_goes_on(cluster, workplace, undisturbed, asked_by):
-    """USR1 comes to the batch shell: partial rows are kept, the job requeues itself and completes."""
-    samples, slurm = (4, {}) if asked_by == "a user" else (20, {"signal_s": 50})
-    settings = ["parallel.tp=1", f"sampling.n={samples}", "run.segment_rows=64", "run.segment_s=0.5"]
-    limit = ["--time", "5" if asked_by == "a user" else "1"]
-    report = submit_demo(cluster, workplace, *limit, site={"slurm": {"ranks_per_node": 1, **slurm}}, settings=settings)
+def test_a_drained_job_goes_on(cluster, workplace, undisturbed):
+    """USR1 comes to the batch shell from a user (test_faults.py has the time limit): the job requeues itself and completes."""
+    settings = ["parallel.tp=1", "sampling.n=4", "run.segment_rows=64", "run.segment_s=0.5"]
+    report = submit_demo(cluster, workplace, "--time", "5", site={"slurm": {"ranks_per_node": 1}}, settings=settings)
     [job] = report["jobs"]
     segments = workplace / "run" / "segments"
     wait_for(lambda: segments.is_dir() and len(list(segments.glob("*.h5"))) > 2, within_s=100)
-    if asked_by == "a user":
-        cluster.run("scancel", "--signal=USR1", "--batch", str(job))
+    cluster.run("scancel", "--signal=USR1", "--batch", str(job))
     wait_for(lambda: cluster.job(job)["Restarts"] == "1", within_s=60)
-    cluster.run("scontrol", "update", f"jobid={job}", "timelimit=10")  # so that the second life is the last
     first_life = list(segments.glob("*.h5"))
     record = cluster.wait(job)
     assert (record["JobState"], record["Restarts"]) == ("COMPLETED", "1"), logs(workplace)
     assert "life 1: not complete; it is requeued and goes on" in logs(workplace)
     assert first_life
-    assert_same(read_outputs(workplace / "run"), samples_of(undisturbed, samples))
+    assert_same(read_outputs(workplace / "run"), samples_of(undisturbed, 4))
 
 
 ODD = "a b'c\"d\ne$HOME`f`\\g%h#i;j&k 漢"

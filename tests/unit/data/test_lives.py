@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shlex
+import subprocess
 import time
 
 import pytest
@@ -9,8 +13,9 @@ import pytest
 from hpcinfer.data.ledger.lives import check_lives, lives_of_job
 from hpcinfer.data.ledger.run_directory import RunDirectory, create_or_open
 from hpcinfer.data.ledger.segments import SegmentPolicy, SegmentWriter
-from hpcinfer.data.ledger.writers import Leaving, Writer, WriterIdentity, register_writer
+from hpcinfer.data.ledger.writers import Leaving, Writer, WriterIdentity, register_writer, writer_ids
 from hpcinfer.errors import ExitCode, LivesError
+from hpcinfer.launch import lives
 from tests.faults.shim.harness import identity, stub_generation
 
 NUM_ROWS = 50
@@ -38,6 +43,15 @@ def check(run: RunDirectory, restart_count: int, *, job: str = "7", max_lives: i
     check_lives(run, NUM_ROWS, job=job, cluster=cluster, restart_count=restart_count, max_lives=max_lives)
 
 
+def script_says(run: RunDirectory, before: str = "") -> str:
+    """What a batch script, which no longer has the program, says of a life: rows, waited or nothing."""
+    functions = re.search(r"^writers\(\).*^outcome\(\).*?^}$", lives.BEFORE, re.MULTILINE | re.DOTALL).group(0)
+    words = f"run={shlex.quote(str(run.path))}\nwriters_before={shlex.quote(before)}\n{functions}\noutcome"
+    result = subprocess.run(["bash", "-c", words], env={**os.environ, "SLURM_JOB_ID": "7"}, capture_output=True, text=True, check=True)
+    assert result.stderr == ""
+    return result.stdout.strip()
+
+
 def test_two_lives_without_anything_committed_are_the_last(run):
     live(run, 0, rows=3)
     first = live(run, 1)
@@ -61,15 +75,19 @@ def test_two_lives_without_anything_committed_are_the_last(run):
 @pytest.mark.parametrize("partial", [False, True], ids=["rows", "partial rows"])
 def test_a_life_that_committed_something_counts(run, partial):
     live(run, 0)
-    live(run, 1, rows=1, partial=partial)
+    before = live(run, 1, rows=1, partial=partial).id
+    assert script_says(run) == "rows"
     live(run, 2)
+    assert script_says(run, before) == "nothing"
     check(run, 3)
 
 
 def test_one_replica_of_a_life_is_enough(run):
-    live(run, 0)
+    before = live(run, 0).id
+    assert script_says(run, before) == "nothing", "a life that did not come so far"
     for number in range(3):
         live(run, 1, rows=number == 1, number=number)
+    assert script_says(run, before) == "rows"
     check(run, 2)
 
 
@@ -89,7 +107,9 @@ def test_one_replica_of_a_life_is_enough(run):
 def test_only_lives_that_had_rows_to_do(run, end, barren):
     """Waiting for others, or killed in the merge: nothing is wrong with that."""
     for count in range(2):
+        before = "\n".join(writer_ids(run))
         end(live(run, count))
+        assert script_says(run, before) == ("nothing" if barren else "waited")
     assert [life.is_barren for life in lives_of_job(run, job="7", cluster="c")] == [barren, barren]
     if barren:
         with pytest.raises(LivesError):
