@@ -58,7 +58,7 @@ fi
 
 BEFORE = """\
 # ---- what is there before this life
-marker=$(cat "$run/done.json" 2>/dev/null)
+marker=$(cat "$run/done.json" "$run/trial.json" 2>/dev/null)
 committed() { # names of the segments of this job's lives
     grep -rlsZ --include='*.json' "\\"job\\": \\"$SLURM_JOB_ID\\"" "$run/writers" | while read -r -d '' writer; do
         writer=${writer##*/}
@@ -86,7 +86,7 @@ on_every_node rm -rf -- "$scratch" 2>/dev/null || rm -rf -- "$scratch" # a job t
 
 # ---- done, failed, or another life
 # srun returns 0 after some forced ends, and kills ranks that are done when another one ends with a code: only the marker counts.
-if [[ -e $run/done.json ]] && { ((code == 0)) || [[ $(<"$run/done.json") != "$marker" ]]; }; then
+if [[ -e $run/done.json && $code == 0 || $(cat "$run/done.json" "$run/trial.json" 2>/dev/null) != "$marker" ]]; then
     say "the run is complete"
     finish 0
 fi

@@ -13,6 +13,7 @@ from hpcinfer.data.tokenize import Tokenizer
 from hpcinfer.engine.outcome import failed_generation
 from hpcinfer.errors import RowError
 from hpcinfer.request import Generation, Request, SamplingParams
+from hpcinfer.runner.prompt_limit import PromptLimit
 
 _TOKENIZE_ROWS = 64
 """Rows given to the tokenizer at a time: enough for its threads, few enough for memory."""
@@ -31,6 +32,7 @@ class RowFeed:
         reader: the prompts.
         tokenizer: None where the prompts are token ids.
         sampling: of the job; a row may override it.
+        limit: what becomes of too long prompts; None leaves them to `refuse`.
         refuse: raises RowError for a request that can never run (too long for the context or the K/V cache).
         vocab_size: token ids of prompts must be below it.
     """
@@ -44,6 +46,7 @@ class RowFeed:
         *,
         refuse: Callable[[Request], None],
         vocab_size: int,
+        limit: PromptLimit | None = None,
     ) -> None:
         self._ledger = ledger
         self._reader = reader
@@ -51,6 +54,7 @@ class RowFeed:
         self._sampling = sampling
         self._refuse = refuse
         self._vocab_size = vocab_size
+        self._limit = limit
         self._open: Iterator[Request | Generation] = iter(())
         self.state: NoClaim | None = None
         """Why the last `take` came back short; None while rows flow."""
@@ -121,6 +125,7 @@ class RowFeed:
             num_tokens = len(token_ids)
             if num_tokens and int(token_ids.max()) >= self._vocab_size:
                 raise RowError(f"token id {int(token_ids.max())} is not in the model's vocabulary of {self._vocab_size}")
+            token_ids = self._limit.fit(token_ids, sampling.max_tokens) if self._limit else token_ids
             request = Request(
                 row=row.row,
                 sample=sample,

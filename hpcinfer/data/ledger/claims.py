@@ -158,7 +158,7 @@ class Ledger:
         own, and this life committed rows (`num_committed`). Raises RunDirectoryError, ResumableError.
         """
         with storage_errors(self._run.path):
-            if num_committed == 0 or self._run.is_complete(self.coverage.num_rows):
+            if num_committed == 0 or self._run.is_complete(self.coverage.num_rows, self.coverage.retry_round):
                 return False
             self.coverage.refresh()
             # What is not held by somebody who may be at work is free, abandoned or this writer's own.
