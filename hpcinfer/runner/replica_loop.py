@@ -129,6 +129,7 @@ class ReplicaLoop:
             self._segments.flush()
             raise
         finally:
+            self._feed.close()
             self._segments.stop()  # whatever ended the loop: no commit of this life goes on after its last word
         return self.figures
 
@@ -182,6 +183,7 @@ class ReplicaLoop:
     def _finish_work(self) -> None:
         """Begin nothing more: what is in work goes on until the drain's limit, and is then cut short."""
         self._writer.set_state("draining", **self.beat())
+        self._feed.close()  # the cores are for what is in work
         replica, rows_before = self._replica, self.figures.rows
         num_sequences = replica.scheduler.num_sequences
         if self._drain.phase() is Phase.DRAIN:
