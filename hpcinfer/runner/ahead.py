@@ -45,15 +45,15 @@ class Ahead(Generic[Item]):
                 self._thread = threading.Thread(target=self._work, name="ahead", daemon=True)
                 self._thread.start()
 
-    def take(self, *, wait: bool) -> Item | None:
-        """The next item; None where there is none left, or, without `wait`, none yet."""
+    def take(self, *, wait_s: float | None) -> Item | None:
+        """The next item; None where there is none left, or none after `wait_s` (None: as long as it takes)."""
         with self._changed:
-            while not self._ready:
+            if not self._ready:
+                self._changed.wait_for(lambda: self._ready or self._failure is not None or not self._is_busy(), wait_s)
+            if not self._ready:
                 if self._failure is not None:
                     raise self._failure
-                if not wait or self._is_closed or not (self._orders or self._is_working):
-                    return None
-                self._changed.wait()
+                return None
             item = self._ready.popleft()
             self._ready_bytes -= self._size_of(item)
             if not self._is_full():
@@ -70,6 +70,9 @@ class Ahead(Generic[Item]):
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join(timeout_s)
+
+    def _is_busy(self) -> bool:
+        return not self._is_closed and (self._is_working or bool(self._orders))
 
     def _is_full(self) -> bool:
         return bool(self._ready) and (len(self._ready) >= self._max_items or self._ready_bytes >= self._max_bytes)

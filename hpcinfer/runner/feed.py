@@ -20,6 +20,8 @@ _TOKENIZE_ROWS = 64
 """Rows given to the tokenizer at a time: enough for its threads, few enough for memory."""
 _TOKENIZE_LENGTH = 4 * 2**20
 """... and characters, where rows are long."""
+_PATIENCE_S = 0.001
+"""Waited for rows while the engine has others to work on: it lacks some, and the thread needs the interpreter to make them."""
 _MOST_AHEAD = 1024
 """Requests kept ready, beside one batch."""
 _MOST_AHEAD_BYTES = 64 * 2**20
@@ -94,7 +96,7 @@ class RowFeed:
                 else:
                     self._open(claim)
                 continue
-            item = self._ahead.take(wait=is_first) if self._num_open else None
+            item = self._ahead.take(wait_s=None if is_first else 0.0 if requests or failed else _PATIENCE_S) if self._num_open else None
             if item is None:
                 self._num_open = 0 if is_first else self._num_open  # waited for, and nothing came: what is missing is offered again
                 break

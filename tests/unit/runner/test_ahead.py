@@ -24,7 +24,7 @@ def no_thread_stays():
 
 def take_all(ahead: Ahead) -> list[int]:
     found = []
-    while (item := ahead.take(wait=True)) is not None:
+    while (item := ahead.take(wait_s=None)) is not None:
         found.append(item)
     return found
 
@@ -39,7 +39,7 @@ def test_in_order_and_each_once():
             number += size
         expected += [item for batch in batches for item in batch]
         ahead.put(iter(batches))
-    assert take_all(ahead) == expected and ahead.take(wait=False) is None
+    assert take_all(ahead) == expected and ahead.take(wait_s=0.0) is None
     ahead.put(iter([[7]]))
     assert take_all(ahead) == [7], "it goes on after a pause"
     ahead.close()
@@ -61,7 +61,7 @@ def test_it_stops_where_enough_is_ready(max_items, max_bytes, expected):
     time.sleep(0.05)
     assert sum(made) == expected
     for taken in range(1, 9):
-        assert ahead.take(wait=True) == 3
+        assert ahead.take(wait_s=None) == 3
     until(lambda: sum(made) >= expected + 4, within_s=5)
     assert len(take_all(ahead)) == 400 - taken
     ahead.close()
@@ -76,9 +76,9 @@ def test_without_waiting_nothing_is_waited_for():
 
     ahead = make()
     ahead.put(batches())
-    assert ahead.take(wait=False) is None
+    assert ahead.take(wait_s=0.0) is None
     gate.set()
-    assert ahead.take(wait=True) == 1
+    assert ahead.take(wait_s=None) == 1
     ahead.close()
 
 
@@ -90,10 +90,10 @@ def test_an_error_comes_in_its_turn():
     ahead = make()
     ahead.put(batches())
     ahead.put(iter([[9]]))
-    assert [ahead.take(wait=True), ahead.take(wait=True)] == [1, 2]
+    assert [ahead.take(wait_s=None), ahead.take(wait_s=None)] == [1, 2]
     for _ in range(2):
         with pytest.raises(ValueError, match="the third"):
-            ahead.take(wait=True)
+            ahead.take(wait_s=None)
     ahead.close()
 
 
@@ -110,8 +110,8 @@ def test_it_can_be_closed_at_any_moment(is_full):
     ahead.put(batches())
     begun.wait(5)
     ahead.close()
-    assert ahead.take(wait=True) is None
+    assert ahead.take(wait_s=None) is None
     ahead.put(iter([[1]]))
-    assert ahead.take(wait=True) is None
+    assert ahead.take(wait_s=None) is None
     ahead.close()
     make().close()
