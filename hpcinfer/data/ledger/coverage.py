@@ -139,8 +139,8 @@ class Coverage:
         self.num_claims = -(-num_rows // run.claim_size)
         self.bad_segments = bad_segments or BadSegments(run)
         self._selection = selection or RowSelection(0, num_rows)
-        self._rounds = WriterRounds(run)
-        self.retry_round = self._rounds.newest() if retry_round is None else retry_round
+        self.rounds = WriterRounds(run)
+        self.retry_round = self.rounds.newest() if retry_round is None else retry_round
         """The round in which failed rows are done."""
         self._reset()
 
@@ -198,7 +198,7 @@ class Coverage:
         inside = np.flatnonzero((rows < self.num_rows) & (samples < self.num_samples))
         keys = rows[inside].astype(np.int64) * self.num_samples + samples[inside].astype(np.int64)
         statuses = statuses[inside]
-        is_final = not self.retry_round or self._rounds.of(segment_order(segment)[0]) >= self.retry_round
+        is_final = not self.retry_round or self.rounds.of(segment_order(segment)[0]) >= self.retry_round
         done = statuses != Status.PARTIAL if is_final else statuses == Status.OK
         candidates, first = np.unique(keys[done], return_index=True)
         new = (self._bits[candidates >> 3] >> (candidates & 7).astype(np.uint8)) & 1 == 0

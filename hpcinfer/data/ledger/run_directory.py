@@ -103,12 +103,17 @@ class RunDirectory:
         with storage_errors(self.path):
             replace_bytes(self.path, "trial.json", _to_json({"ended": when, **facts}), durable=True)
 
+    @property
+    def done(self) -> Path:
+        """The marker of completion."""
+        return self.path / "done.json"
+
     def read_done(self) -> dict[str, Any] | None:
         """The marker of completion: {"num_rows", "num_samples", "ok", "failed", ...}, or None. Raises
         RunDirectoryError, ResumableError.
         """
         with storage_errors(self.path):
-            return _read_json(self.path / "done.json")
+            return read_json(self.done)
 
     def is_complete(self, num_rows: int, retry_round: int = 0) -> bool:
         """Whether generations.h5 holds every (row, sample) of an input of `num_rows` rows, failed ones tried again in
@@ -164,7 +169,7 @@ def open_existing(path: str | Path, *, sleep: Callable[[float], None] = time.sle
     with storage_errors(path):
         # Where links do not exist run.json is empty for a moment after its creation.
         for _ in range(50):
-            facts = _read_json(path / "run.json")
+            facts = read_json(path / "run.json")
             if facts is not None or not (path / "run.json").exists():
                 break
             sleep(0.1)
@@ -311,8 +316,8 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """None where there is no such file, or not (yet) a whole JSON object in it."""
+def read_json(path: Path) -> dict[str, Any] | None:
+    """None where there is no such file, or not (yet) a whole JSON object in it. Raises OSError."""
     try:
         facts = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):

@@ -103,6 +103,20 @@ def test_a_retry_that_ended_early_is_joined_and_gone_on_with(run: RunDirectory) 
     assert choose_round(run, NUM_ROWS, retry=True) == 2, "a new wish"
 
 
+def test_writers_of_a_round_that_is_over_hold_nothing(tmp_path: Path) -> None:
+    """Killed on another machine, or just not gone yet: a complete run has no work for them."""
+    run, clock = create_or_open(tmp_path / "run", identity(NUM_ROWS)), Clock()
+    first = life(run, 0, clock)
+    first.do(first.take_all())
+    merge_run(run, NUM_ROWS)
+    retry = life(run, 1, clock)
+    claims = retry.take_all()
+    assert len(claims) == len({row // run.claim_size for row in FAILED})
+    other = life(run, 1, clock)
+    assert other.ledger.next_claim() is NoClaim.WAIT, "those of this round are held"
+    assert retry.do(claims) == len(FAILED)
+
+
 def test_a_writer_of_an_earlier_round_does_not_decide(tmp_path: Path) -> None:
     """It goes on, without knowing of the retry; what fails with it is tried again."""
     run, clock = create_or_open(tmp_path / "run", identity(NUM_ROWS)), Clock()
