@@ -8,13 +8,18 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 import hpcinfer
 from hpcinfer.data.generations import GenerationFile
 from hpcinfer.data.ledger.status import read_status
 from hpcinfer.data.prompts.prompts_writer import PromptsWriter
 from hpcinfer.errors import ConfigError, RunDirectoryError
+from hpcinfer.launch.env import LaunchEnvironment
+from hpcinfer.launch.report import Place
+from hpcinfer.launch.signals import DrainFlag
 from hpcinfer.request import Generation, Status
+from hpcinfer.runner.start import run_as_started
 from tests.conftest import ROOT
 from tests.mpi import rank_env
 from tests.runs import JOB, LAYOUTS, run_command
@@ -71,6 +76,7 @@ def assert_equal(found: dict[int, Generation], expected: dict[int, Generation]) 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, prompts) -> dict[str, dict[int, Generation]]:
     """Policy -> outputs of a run in one piece."""
+    torch.set_num_threads(1)  # the machine is shared
     folder, found = tmp_path_factory.mktemp("undisturbed"), {}
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(ROOT)
@@ -159,6 +165,42 @@ def test_failed_rows_are_tried_again_also_after_a_kill(tmp_path, prompts, undist
     assert in_process(output, prompts, "data.truncate=left", "run.retry_failed=true").generated_rows == 1, "the empty one, again"
     assert_equal(rows_of(output / "generations.h5"), undisturbed["left"])
     assert read_status(output).complete
+
+
+def test_tasks_of_an_array_try_failed_rows_once(tmp_path, prompts, undisturbed):
+    """Each with its own job id, the last one long after the others are done; and a task that Slurm starts again."""
+    output = tmp_path / "run"
+    in_process(output, prompts)
+    settings = [f"data.output={output}", f"data.prompts={prompts}", "parallel.tp=1", *SAMPLED, "run.retry_failed=true", "data.truncate=left"]
+    generated = []
+    for job, restarts in ((41, 0), (42, 0), (41, 1)):
+        task = {"SLURM_JOB_ID": str(job), "SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "1", "SLURM_RESTART_COUNT": str(restarts)}
+        environment = LaunchEnvironment({**task, "HPCINFER_END_TIME": "4000000000"})
+        generated.append(run_as_started(JOB, settings, environment, Place(), DrainFlag(), quiet=True).generated_rows)
+    assert generated == [len(TOO_LONG) + 1, 0, 0]
+    assert_equal(rows_of(output / "generations.h5"), undisturbed["left"])
+
+
+@pytest.mark.full
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("layout", ["tp1", "tp2", "pp2", "dp2", "tp2 x pp2", "sp2"])
+def test_a_trial_goes_on_after_a_kill_and_its_run_after_that(layout, tmp_path, prompts, undisturbed):
+    output = tmp_path / "run"
+    settings = [*LAYOUTS[layout], *SAMPLED, f"data.prompts={prompts}", "data.limit=40"]
+    num_ranks = {"tp1": 1, "tp2 x pp2": 4}.get(layout, 2)
+    with Start(output, num_ranks, [*settings, *SLOW]) as trial:
+        trial.wait_for(lambda status: status.num_done >= 5)
+        trial.signal(num_ranks - 1, signal.SIGKILL)
+        trial.process.wait(30)
+    status = read_status(output)
+    assert status.num_done < 33
+    result = started(output, prompts, layout, "--limit", "40", "--json")
+    assert result.returncode == 0, result.stderr
+    summary = json.loads(result.stdout)
+    assert summary["trial"]["is_done"] and summary["trial"]["rows"] == 40 and summary["generated_rows"] <= 40 - status.num_done - status.num_failed
+    assert len(rows_of(output / "trial.h5")) == 40
+    assert in_process(output, prompts).complete
+    assert_equal(rows_of(output / "generations.h5"), undisturbed["error"])
 
 
 def test_rows_appended_to_a_run_that_is_complete_and_merged(tmp_path, undisturbed):
