@@ -3,7 +3,10 @@
 Under srun or mpiexec the ranks that were started are used; alone, the ranks that the layout needs are started here.
 Running a job whose run directory exists goes on from what is committed there, on any number of ranks and in any layout.
 
-Exit codes: 0 every row is in generations.h5, 1 failed, 2 the job or the command line is wrong, 3 incomplete but resumable.
+--limit and --rows make a trial: a start that takes some rows only. Its run directory is like any other, so that a start without them
+goes on from it.
+
+Exit codes: 0 every row is in generations.h5 (of a trial: its rows are in trial.h5), 1 failed, 2 the job or the command line is wrong, 3 incomplete but resumable.
 """
 
 from __future__ import annotations
@@ -31,6 +34,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-failed", metavar="N|P%", dest="overrides", action="append", type=lambda value: f"run.max_failed={value}",
         help="more failed rows than this count or share end the run with exit code 1; short for --set run.max_failed=...",
+    )
+    parser.add_argument(
+        "--limit", metavar="N", dest="overrides", action="append", type=lambda value: f"data.limit={value}",
+        help="a trial: N rows drawn from the whole input, in <output>-trial unless --set data.output names a folder; it ends with what "
+        "all rows would take. Short for --set data.limit=N",
+    )
+    parser.add_argument(
+        "--rows", metavar="A:B", dest="overrides", action="append", type=lambda value: f"data.rows={value!r}",
+        help="a trial of rows A to B - 1 (with --limit: of rows drawn from these); short for --set data.rows=A:B",
+    )
+    parser.add_argument(
+        "--retry-failed", dest="overrides", action="append_const", const="run.retry_failed=true",
+        help="compute failed rows again, also of a complete run; short for --set run.retry_failed=true",
     )
     parser.add_argument(
         "--trace", dest="overrides", action="append_const", const="run.trace=true",
@@ -85,7 +101,7 @@ def _run(args: argparse.Namespace, environment, place) -> int:
         except (OSError, DataError) as error:  # the work is done and its exit code stands, whoever cannot be told
             with contextlib.suppress(OSError):
                 print(f"hpcinfer: the summary cannot be written: {error}", file=sys.stderr)
-    return ExitCode.DONE if summary.complete else ExitCode.RESUMABLE
+    return ExitCode.DONE if summary.is_done else ExitCode.RESUMABLE
 
 
 def _report(args: argparse.Namespace, summary) -> None:
@@ -97,7 +113,7 @@ def _report(args: argparse.Namespace, summary) -> None:
     if args.json:
         print(json.dumps(summary.to_dict()), flush=True)
     elif not args.quiet:
-        if summary.complete and args.show > 0:
+        if summary.is_done and args.show > 0:
             _show(args, summary.output)
         print(summary_text(summary), flush=True)
 

@@ -98,7 +98,7 @@ def to_text(status) -> str:
         f"{status.path}: {'complete' if status.complete else 'not complete'}",
         f"  rows      {format_count(status.num_total)} in all: {format_count(status.num_done)} ok, "
         f"{format_count(status.num_failed)} failed, {format_count(status.num_partial)} partial, "
-        f"{format_count(status.num_claimed)} claimed, {format_count(status.num_left)} left{exact}",
+        f"{format_count(status.num_claimed)} claimed, {format_count(status.num_left)} left{exact}{_round(status)}",
         f"  rate      {format_rate(status.rows_per_s)} rows/s and {format_rate(status.output_tokens_per_s)} tokens/s now, "
         f"{format_rate(status.rows_per_s_overall)} rows/s overall",
         f"  to go     {format_count(status.num_to_do)} rows, ETA {format_duration(status.eta_s)}",
@@ -111,6 +111,10 @@ def to_text(status) -> str:
         if writer.straggles
     ]
     return "\n".join(lines)
+
+
+def _round(status) -> str:
+    return f"  (failed rows tried again: round {status.retry_round})" if status.retry_round else ""
 
 
 def _writers(writers) -> list[str]:

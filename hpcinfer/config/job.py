@@ -16,6 +16,7 @@ EXPERT_FORMS = ("unpacked", "packed")
 DEVICES = ("auto", "cpu", "cuda")
 SWITCH = ("auto", "on", "off")
 MODEL_DTYPES = ("float32", "bfloat16", "float16", "auto")
+TRUNCATIONS = ("error", "left", "right")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,8 +48,28 @@ class DataSection:
     """The run directory. generations.h5 appears in it; running again with the same one resumes."""
     dataset: str = ""
     """Name of the dataset with the prompts, for foreign HDF5 layouts. Default "": found by itself."""
+    limit: int = 0
+    """Above 0: this start is a trial, of so many rows, drawn from the whole input (or from `rows`) by a fixed key: the same ones each
+    time, and a larger limit has those of a smaller one. A trial works in <output>-trial, unless --set data.output names a folder; it
+    ends with what the whole run would take. The run directory is one like any other: a start without limit goes on from it. Default 0."""
+    rows: str = ""
+    """"a:b": this start is a trial of rows a to b - 1 alone, counted from 0; either end may be left out. Default "": all."""
+    truncate: str = "error"
+    """What becomes of prompts of too many tokens: error (a failed row), left (the first tokens are cut off, the last ones kept) or right
+    (the last ones are cut off). Part of what a run is; from error it may be changed together with --retry-failed. Default error."""
+    max_prompt_tokens: int = 0
+    """Prompts of more tokens are too long, and are cut to so many. Default 0: those are too long that leave no room for an output token,
+    and they are cut so that the row's max_tokens fit."""
 
     def __post_init__(self) -> None:
+        if self.limit < 0:
+            raise ConfigError(f"data.limit = {self.limit}", fix="give a number of rows, or 0 for all")
+        if not re.fullmatch(r"(\d*:\d*)?", self.rows):
+            raise ConfigError(f"data.rows = {self.rows!r}", fix='give "a:b" for rows a to b - 1; either number may be left out')
+        if self.truncate not in TRUNCATIONS:
+            raise ConfigError(f"data.truncate = {self.truncate!r}", fix=f"give one of {', '.join(TRUNCATIONS)}")
+        if self.max_prompt_tokens < 0:
+            raise ConfigError(f"data.max_prompt_tokens = {self.max_prompt_tokens}", fix="give 0 (what the context allows) or more")
         for name in ("prompts", "output"):
             if not getattr(self, name):
                 raise ConfigError(f"data.{name} is empty", fix="give a path")
@@ -56,6 +77,11 @@ class DataSection:
             raise ConfigError(
                 "data.output is the folder of the prompts", found=self.output, fix="give the run directory a path of its own"
             )
+
+    @property
+    def is_trial(self) -> bool:
+        """Whether this start takes some of the rows only."""
+        return self.limit > 0 or bool(self.rows)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,6 +184,10 @@ class RunSection:
     which nothing was committed. Default 100."""
     max_failed: str = "100%"
     """Failed rows that turn the run into exit code 1: a count ("20") or a share ("1%"). Default "100%": never."""
+    retry_failed: bool = False
+    """Compute failed rows again: the answer of one that is ok now replaces the failed row, in generations.h5 too. A start that finds such
+    a retry unfinished joins it, and so do tasks of one job array and later lives of a job; else each start with it is a new try.
+    To be given on the command line (--retry-failed). Default false."""
     trace: bool = False
     """Record what every rank does and when; `hpcinfer trace` shows it. Default false."""
 

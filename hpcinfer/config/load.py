@@ -13,9 +13,13 @@ from typing import Any
 from hpcinfer.config.job import JobConfig
 from hpcinfer.errors import ConfigError, UsageError
 
+TRIAL_SUFFIX = "-trial"
+
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     """Read a job file and apply `overrides` ("section.key=value").
+
+    A trial's output is data.output with TRIAL_SUFFIX, unless an override names it.
 
     Raises:
         ConfigError: the file cannot be read, is not TOML, or a key or value is not valid.
@@ -24,7 +28,11 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     tables = read_toml(path, "the job file")
     for override in overrides:
         apply_override(tables, override)
-    return job_from_tables(tables)
+    job = job_from_tables(tables)
+    if job.data.is_trial and not any(override.partition("=")[0].strip() == "data.output" for override in overrides):
+        # Beside the run's own directory: a trial is often made to find the settings that the run shall have.
+        job = dataclasses.replace(job, data=dataclasses.replace(job.data, output=job.data.output.rstrip("/") + TRIAL_SUFFIX))
+    return job
 
 
 def apply_override(tables: dict[str, Any], override: str) -> None:

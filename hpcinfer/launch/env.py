@@ -68,9 +68,14 @@ class LaunchEnvironment:
         return self._number("SLURM_JOB_ID", "SLURM_JOBID")
 
     @property
+    def array_id(self) -> int | None:
+        """Slurm's id of the job array that this job is a task of; None outside arrays."""
+        return self._number("SLURM_ARRAY_JOB_ID")
+
+    @property
     def job_reference(self) -> str:
         """How Slurm's commands know this job. The number of an array's last task also stands for the whole array."""
-        array, task = self._number("SLURM_ARRAY_JOB_ID"), self._number("SLURM_ARRAY_TASK_ID")
+        array, task = self.array_id, self._number("SLURM_ARRAY_TASK_ID")
         return f"{array}_{task}" if array is not None and task is not None else str(self.job_id or "")
 
     @property

@@ -83,7 +83,7 @@ outcome() { # of this life: rows are committed; it waited, because others had al
     done
     [[ $new ]] && echo "$found" || echo nothing
 }
-marker=$(cat "$run/done.json" 2>/dev/null)
+marker=$(cat "$run/done.json" "$run/trial.json" 2>/dev/null)
 writers_before=$(writers)
 """
 
@@ -111,7 +111,7 @@ on_every_node rm -rf -- "$scratch" 2>/dev/null || rm -rf -- "$scratch" # a job t
 
 # ---- done, failed, or another life
 # srun returns 0 after some forced ends, and kills ranks that are done when another one ends with a code: only the marker counts.
-if [[ -e $run/done.json ]] && { ((code == 0)) || [[ $(<"$run/done.json") != "$marker" ]]; }; then
+if [[ -e $run/done.json && $code == 0 || $(cat "$run/done.json" "$run/trial.json" 2>/dev/null) != "$marker" ]]; then
     say "the run is complete"
     finish 0
 fi

@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +17,11 @@ import torch
 from hpcinfer.comm.bootstrap import World
 from hpcinfer.config.job import JobConfig
 from hpcinfer.data.ledger.budgets import record_budget
+from hpcinfer.data.ledger.coverage import Coverage
+from hpcinfer.data.ledger.merge import merge_trial
 from hpcinfer.data.ledger.run_directory import RunDirectory, open_existing
-from hpcinfer.data.ledger.status import read_status
+from hpcinfer.data.ledger.selection import select_rows
+from hpcinfer.data.ledger.status import RunStatus, read_status
 from hpcinfer.data.ledger.writers import Writer
 from hpcinfer.engine.build import build_replica
 from hpcinfer.engine.memory import available_bytes
@@ -39,6 +43,7 @@ from hpcinfer.runner.progress import LoadProgress
 from hpcinfer.runner.replica_loop import LoopFigures, check_failures
 from hpcinfer.runner.summary import RunSummary, expert_balance
 from hpcinfer.runner.tracing import recording
+from hpcinfer.runner.trial import estimate
 from hpcinfer.units import format_count
 
 _REASONS_SHOWN = 5
@@ -111,7 +116,9 @@ def run_job(
         try:
             with (
                 recording(job, world, groups, run, started=checked.started, log=log) as recorder,
-                registered(job, checked, run, environment, recorder) if groups.mesh.is_leader else contextlib.nullcontext() as writer,
+                registered(
+                    job, checked, run, environment, recorder, retry_round=opened.retry_round
+                ) if groups.mesh.is_leader else contextlib.nullcontext() as writer,
             ):
                 result = _generate(
                     job, checked, plan, run, groups, world, writer, drain, log, recorder, console=console
@@ -211,9 +218,10 @@ def _sum_up(
     failures = sum((f.failures for f in figures), collections.Counter())
     counters = sum((result.counters for result in results), collections.Counter())
     check_failures(status.num_failed, job.run.allowed_failures(status.num_total), failures)
+    trial = _trial(job, checked, run, results, world, seconds, status) if job.data.is_trial else {}
     return RunSummary(
         complete=status.complete,
-        output=str(run.generations if status.complete else run.path),
+        output=str(run.generations if status.complete else run.trial if trial.get("is_done") else run.path),
         rows=status.num_total,
         ok=status.num_done,
         failed=status.num_failed,
@@ -233,7 +241,34 @@ def _sum_up(
         counters=dict(counters),
         experts=expert_balance([result.expert_load for result in results]),
         weights_read_bytes=sum(result.weights_read_bytes for result in results),
+        trial=trial,
     )
+
+
+def _trial(
+    job: JobConfig, checked: CheckedJob, run: RunDirectory, results: list[_RankResult], world: World, seconds: float, status: RunStatus
+) -> dict[str, Any]:
+    """What a trial found out. One that has all of its rows leaves them in a file of their own, unless the whole run is complete."""
+    coverage = Coverage(run, checked.num_rows, selection=select_rows(job.data.rows, job.data.limit, checked.num_rows))
+    coverage.refresh()
+    if not coverage.is_full:
+        return {"is_done": False}
+    if not status.complete:
+        merge_trial(run, checked.num_rows)
+    facts = estimate(
+        [result.figures.statistics for result in results],
+        num_rows=status.num_total,
+        num_trial=coverage.num_wanted,
+        ended=sum(result.figures.rows for result in results),
+        output_tokens=sum(result.figures.output_tokens for result in results),
+        start_up_s=max(0.0, seconds - max(result.figures.statistics.seconds for result in results)),
+        max_sequences=job.engine.max_sequences,
+        num_ranks=world.size,
+        device=world.device.type,
+        is_drawn=job.data.limit > 0,
+    )
+    run.write_trial(facts)
+    return {"is_done": True, **facts}
 
 
 def _named(variables: Mapping[str, str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 from hpcinfer.config.job import JobConfig
@@ -13,17 +14,17 @@ _WIDTH = 100
 
 
 def example_lines(job: JobConfig, output: str, count: int) -> Iterator[str]:
-    """A line for each of the first `count` rows (first sample): prompt -> generation.
+    """A line for each of the first `count` rows that are there (first sample): prompt -> generation.
 
     Args:
         output: the merged generations.
     """
     with open_job_prompts(job) as reader, GenerationFile(output) as generations:
-        for row in reader.rows(0, min(count, reader.num_rows)):
-            generation = generations.find(row.row)
+        firsts = (generation for generation in generations if generation.sample == 0)
+        for generation in itertools.islice(firsts, count):
+            row = next(reader.rows(generation.row, generation.row + 1))
             prompt = row.text if row.text is not None else row.token_ids
-            if generation is not None:
-                yield f"  {_short(prompt)} -> {_short(_answer(generation))}"
+            yield f"  {_short(prompt)} -> {_short(_answer(generation))}"
 
 
 def _answer(generation: Generation) -> object:

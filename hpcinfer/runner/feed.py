@@ -13,9 +13,19 @@ from hpcinfer.data.tokenize import Tokenizer
 from hpcinfer.engine.outcome import failed_generation
 from hpcinfer.errors import RowError
 from hpcinfer.request import Generation, Request, SamplingParams
+from hpcinfer.runner.ahead import Ahead
+from hpcinfer.runner.prompt_limit import PromptLimit
 
 _TOKENIZE_ROWS = 64
 """Rows given to the tokenizer at a time: enough for its threads, few enough for memory."""
+_TOKENIZE_LENGTH = 4 * 2**20
+"""... and characters, where rows are long."""
+_PATIENCE_S = 0.001
+"""Waited for rows while the engine has others to work on: it lacks some, and the thread needs the interpreter to make them."""
+_MOST_AHEAD = 1024
+"""Requests kept ready, beside one batch."""
+_MOST_AHEAD_BYTES = 64 * 2**20
+"""... and bytes of token ids."""
 _FAILED_AT_ONCE = 256
 """Rows that cannot be run given back at a time: a stretch of them must not keep the loop from its other duties."""
 
@@ -24,14 +34,15 @@ Pending = dict[int, list[tuple[int, np.ndarray | None]]]
 
 
 class RowFeed:
-    """Requests for one replica, claim after claim.
+    """Requests for one replica, claim after claim. A thread reads and tokenises the rows of opened claims while the engine computes.
 
     Args:
         ledger: gives claims, and says which rows of one are still to be done.
-        reader: the prompts.
+        reader: the prompts; nobody else may use it until `close`.
         tokenizer: None where the prompts are token ids.
         sampling: of the job; a row may override it.
-        refuse: raises RowError for a request that can never run (too long for the context or the K/V cache).
+        limit: what becomes of too long prompts; None leaves them to `refuse`.
+        refuse: raises RowError for a request that can never run (too long for the context or the K/V cache). Called in the thread.
         vocab_size: token ids of prompts must be below it.
     """
 
@@ -44,6 +55,7 @@ class RowFeed:
         *,
         refuse: Callable[[Request], None],
         vocab_size: int,
+        limit: PromptLimit | None = None,
     ) -> None:
         self._ledger = ledger
         self._reader = reader
@@ -51,47 +63,73 @@ class RowFeed:
         self._sampling = sampling
         self._refuse = refuse
         self._vocab_size = vocab_size
-        self._open: Iterator[Request | Generation] = iter(())
+        self._limit = limit
+        self._ahead: Ahead[Request | Generation] = Ahead(_num_bytes, max_items=_MOST_AHEAD, max_bytes=_MOST_AHEAD_BYTES)
+        self._num_open = 0
+        """Requests and failed rows of opened claims that were not taken yet."""
         self.state: NoClaim | None = None
         """Why the last `take` came back short; None while rows flow."""
         self.num_resumed = 0
         """Requests that go on from tokens of an earlier life."""
 
     def take(self, count: int, *, idle: bool = False) -> tuple[list[Request], list[Generation]]:
-        """Up to `count` requests, and the rows found on the way that cannot be run (a bounded number of them).
+        """Up to `count` requests, and the rows found on the way that cannot be run (a bounded number of them). Fewer where more are not
+        ready yet; it waits for the first one only with `idle`.
 
         Args:
             idle: nothing of this writer is in work or waits to be committed.
 
         Raises:
             ConfigError: a row that this start's K/V cache cannot hold.
+            DataError, ResumableError: the prompts cannot be read.
         """
         requests: list[Request] = []
         failed: list[Generation] = []
         self.state = None
         while len(requests) < count and len(failed) < _FAILED_AT_ONCE:
-            item = next(self._open, None)
-            if item is None:
-                claim = self._ledger.next_claim(idle=idle and not requests and not failed)
+            is_first = idle and not requests and not failed
+            # Claims are opened as they are needed, never ahead of that: other replicas may want them.
+            if self.state is None and self._num_open < count - len(requests):
+                claim = self._ledger.next_claim(idle=is_first and not self._num_open)
                 if isinstance(claim, NoClaim):
                     self.state = claim
-                    break
-                self._open = self._items(claim)
-            elif isinstance(item, Request):
+                else:
+                    self._open(claim)
+                continue
+            item = self._ahead.take(wait_s=None if is_first else 0.0 if requests or failed else _PATIENCE_S) if self._num_open else None
+            if item is None:
+                self._num_open = 0 if is_first else self._num_open  # waited for, and nothing came: what is missing is offered again
+                break
+            self._num_open -= 1
+            if isinstance(item, Request):
                 requests.append(item)
                 self.num_resumed += len(item.output_token_ids) > 0
             else:
                 failed.append(item)
+        self.state = None if self._num_open else self.state
         return requests, failed
 
-    def _items(self, claim: Claim) -> Iterator[Request | Generation]:
+    def close(self) -> None:
+        """Prepares nothing more; rows that were not taken stay as they are in the ledger. May be called again."""
+        self._ahead.close()
+        self._num_open = 0
+
+    def _open(self, claim: Claim) -> None:
         pending: Pending = {}
         for row, sample, earlier in self._ledger.remaining(claim):
             pending.setdefault(row, []).append((sample, earlier))
-        for rows in _batches(row for row in self._rows(claim, pending)):
-            yield from self._requests(rows, pending)
+        self._num_open += sum(map(len, pending.values()))
+        self._ahead.put(self._batches_of(pending))
 
-    def _rows(self, claim: Claim, pending: Pending) -> Iterator[PromptRow]:
+    # In the thread of `Ahead` from here on: nothing below may touch the ledger ------------------------------------------
+
+    def _batches_of(self, pending: Pending) -> Iterator[list[Request | Generation]]:
+        for rows in _batches(self._rows(pending)):
+            items = self._requests(rows, pending)
+            while batch := list(itertools.islice(items, _TOKENIZE_ROWS)):  # a row may have thousands of samples
+                yield batch
+
+    def _rows(self, pending: Pending) -> Iterator[PromptRow]:
         if pending:
             for row in self._reader.rows(min(pending), max(pending) + 1):
                 if row.row in pending:
@@ -121,6 +159,7 @@ class RowFeed:
             num_tokens = len(token_ids)
             if num_tokens and int(token_ids.max()) >= self._vocab_size:
                 raise RowError(f"token id {int(token_ids.max())} is not in the model's vocabulary of {self._vocab_size}")
+            token_ids = self._limit.fit(token_ids, sampling.max_tokens) if self._limit else token_ids
             request = Request(
                 row=row.row,
                 sample=sample,
@@ -135,5 +174,18 @@ class RowFeed:
 
 
 def _batches(rows: Iterator[PromptRow]) -> Iterator[list[PromptRow]]:
-    while batch := list(itertools.islice(rows, _TOKENIZE_ROWS)):
+    """Rows to be tokenised together."""
+    batch: list[PromptRow] = []
+    length = 0
+    for row in rows:
+        batch.append(row)
+        length += len(row.text) if row.text is not None else 0
+        if len(batch) >= _TOKENIZE_ROWS or length >= _TOKENIZE_LENGTH:
+            yield batch
+            batch, length = [], 0
+    if batch:
         yield batch
+
+
+def _num_bytes(item: Request | Generation) -> int:
+    return item.prompt_token_ids.nbytes + item.output_token_ids.nbytes if isinstance(item, Request) else len(item.error)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcinfer.config.job import JobConfig
+from hpcinfer.data.ledger.rounds import NO_TRUNCATION
 from hpcinfer.errors import CheckpointError
 
 _WINDOW_BYTES = 4096
@@ -36,7 +37,11 @@ def sampling_facts(job: JobConfig, max_context: int) -> dict[str, Any]:
     """Fields of the sampling that change the answers; `n` is the run's own (it sets the number of output rows)."""
     facts = dataclasses.asdict(job.sampling)
     del facts["n"]
-    return {**facts, "max_context": max_context}
+    facts["max_context"] = max_context
+    # Only where they are given: directories of earlier versions do not have them.
+    facts |= {"max_prompt_tokens": job.data.max_prompt_tokens} if job.data.max_prompt_tokens else {}
+    facts |= {"truncate": job.data.truncate} if job.data.truncate != NO_TRUNCATION else {}
+    return facts
 
 
 def _digest(files: list[Path]) -> str:

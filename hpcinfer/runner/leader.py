@@ -13,9 +13,11 @@ from hpcinfer.config.job import JobConfig
 from hpcinfer.data.ledger.coverage import Coverage
 from hpcinfer.data.ledger.claims import Ledger
 from hpcinfer.data.ledger.liveness import Liveness
-from hpcinfer.data.ledger.merge import claim_merge, merge_run, remove_leftovers
+from hpcinfer.data.ledger.merge import IncompleteRunError, claim_merge, merge_run, remove_leftovers
 from hpcinfer.data.prompts.prompt_row import PromptsReader
+from hpcinfer.data.ledger.rounds import WriterRounds
 from hpcinfer.data.ledger.run_directory import RunDirectory
+from hpcinfer.data.ledger.selection import select_rows
 from hpcinfer.data.ledger.segments import SegmentPolicy, SegmentWriter, segment_limit
 from hpcinfer.data.ledger.writers import Leaving, Writer, WriterIdentity, register_writer, writer_ids
 from hpcinfer.engine.replica import Replica
@@ -27,7 +29,7 @@ from hpcinfer.observe.trace import IDLE, Recorder, span
 from hpcinfer.runner.drain import DrainPlan
 from hpcinfer.runner.feed import RowFeed
 from hpcinfer.runner.forecast import Forecast
-from hpcinfer.runner.preflight import CheckedJob, job_tokenizer, open_job_prompts
+from hpcinfer.runner.preflight import CheckedJob, job_tokenizer, open_job_prompts, prompt_limit
 from hpcinfer.runner.progress import RunProgress, earlier_writers
 from hpcinfer.runner.replica_loop import LoopFigures, ReplicaLoop, check_failures
 
@@ -41,10 +43,12 @@ def registered(
     run: RunDirectory,
     environment: LaunchEnvironment,
     recorder: Recorder | None,
+    *,
+    retry_round: int,
 ) -> Iterator[Writer]:
     """A writer for this life. It registers before it loads, so that a life that ends while it loads is known to later ones."""
     with span(recorder, "register"):
-        writer = register_writer(run, _identity(environment, checked), interval_s=job.run.heartbeat_s)
+        writer = register_writer(run, _identity(environment, checked, job.data.truncate, retry_round), interval_s=job.run.heartbeat_s)
         writer.set_state("loading")
     try:
         yield writer
@@ -76,18 +80,21 @@ def lead(
         forecasts: say whether the run will be over before the job is.
         recorder: gets what this rank does.
     """
-    coverage = Coverage(run, checked.num_rows)
+    coverage = Coverage(
+        run, checked.num_rows, selection=select_rows(job.data.rows, job.data.limit, checked.num_rows),
+        retry_round=writer.identity.retry_round,
+    )
     known = earlier_writers(run)
     with span(recorder, "read segments"):
         coverage.refresh()
-    check_failures(coverage.num_failed, job.run.allowed_failures(coverage.num_keys), collections.Counter())
+    check_failures(coverage.num_failed, job.run.allowed_failures(coverage.num_wanted), collections.Counter())
     liveness = Liveness(run, stale_after_s=job.run.stale_s)
     left_s = None if checked.ends_s is None else checked.ends_s - time.time()
     progress = RunProgress(
         ProgressBar(sys.stderr) if console else None,
         Forecast(left_s=left_s) if forecasts and left_s is not None else None,
-        log, run, own_id=writer.id, rows_total=coverage.num_keys,
-        rows_done=coverage.num_keys - coverage.num_missing, known=known,
+        log, run, own_id=writer.id, rows_total=coverage.num_wanted,
+        rows_done=coverage.num_wanted - coverage.num_missing, known=known,
     )
     plan = DrainPlan(drain, drain_s=job.run.drain_limit_s, margin_s=job.run.margin_s, left_s=left_s)
     with span(recorder, "open prompts"):
@@ -100,7 +107,7 @@ def lead(
     progress.close()
     replica.stop()
     with clock.phase("io"), span(recorder, "merge"):
-        _merge_when_complete(run, writer, coverage, liveness, recorder)
+        _merge_when_complete(run, writer, _of_all_rows(run, coverage), liveness, recorder)
     with span(recorder, "leave"):
         writer.leave(Leaving.DONE if coverage.is_full else loop.leaving, **loop.beat())
     return figures
@@ -126,6 +133,7 @@ def _loop(
     feed = RowFeed(
         ledger, reader, tokenizer, job.sampling,
         refuse=replica.scheduler.refuse, vocab_size=checked.model.vocab_size,
+        limit=prompt_limit(job, replica.scheduler.limits.max_context),
     )
     return ReplicaLoop(
         replica=replica,
@@ -138,7 +146,7 @@ def _loop(
         linger_s=job.run.linger_s,
         deadline_s=job.comm.deadline_s,
         failed_before=coverage.num_failed,
-        max_failed=job.run.allowed_failures(coverage.num_keys),
+        max_failed=job.run.allowed_failures(coverage.num_wanted),
         drain=drain,
         say=progress.say,
         clock=clock,
@@ -150,14 +158,22 @@ def _loop(
 def _merge_when_complete(
     run: RunDirectory, writer: Writer, coverage: Coverage, liveness: Liveness, recorder: Recorder | None
 ) -> None:
-    """Merge, or wait for the writer that does, once every row is committed."""
+    """Merge, or wait for the writer that does, once every row is committed. Where a later start has begun to try failed rows again,
+    that is left to it.
+    """
     coverage.refresh()
     if not coverage.is_full:
         return
     writer.set_state("merging")
-    while not run.is_complete(coverage.num_rows):
+    rounds = WriterRounds(run)
+    while not run.is_complete(coverage.num_rows, coverage.retry_round) and rounds.newest() <= coverage.retry_round:
         if claim_merge(run, writer.id, liveness):
-            merge_run(run, coverage.num_rows, progress=writer.step_finished, owner=writer.id)
+            try:
+                merge_run(run, coverage.num_rows, progress=writer.step_finished, owner=writer.id)
+            except IncompleteRunError:
+                if rounds.newest() <= coverage.retry_round:
+                    raise
+                return
             with contextlib.suppress(OSError):
                 remove_leftovers(run, liveness)  # temporary files of writers that were killed
         else:
@@ -166,7 +182,14 @@ def _merge_when_complete(
                 time.sleep(_MERGE_POLL_S)
 
 
-def _identity(environment: LaunchEnvironment, checked: CheckedJob) -> WriterIdentity:
+def _of_all_rows(run: RunDirectory, coverage: Coverage) -> Coverage:
+    """The coverage of the whole run: a trial's rows may have been the last ones."""
+    if coverage.num_wanted == coverage.num_keys:
+        return coverage
+    return Coverage(run, coverage.num_rows, retry_round=coverage.retry_round)
+
+
+def _identity(environment: LaunchEnvironment, checked: CheckedJob, truncate: str, retry_round: int) -> WriterIdentity:
     return WriterIdentity.of_this_process(
         cluster=environment.cluster,
         job=str(environment.job_id or ""),
@@ -174,6 +197,9 @@ def _identity(environment: LaunchEnvironment, checked: CheckedJob) -> WriterIden
         restart_count=environment.restart_count,
         layout=str(checked.mesh),
         num_rows=checked.num_rows,
+        array=str(environment.array_id or ""),
+        retry_round=retry_round,
+        truncate=truncate,
     )
 
 

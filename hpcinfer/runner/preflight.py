@@ -16,10 +16,13 @@ from hpcinfer.data.prompts.identity import prefix_fingerprint
 from hpcinfer.data.prompts.reader import PromptsReader, open_prompts
 from hpcinfer.data.ledger.budgets import read_budget
 from hpcinfer.data.ledger.lives import check_lives
+from hpcinfer.data.ledger.rounds import check_truncation, choose_round
 from hpcinfer.data.ledger.run_directory import RunIdentity, create_or_open
+from hpcinfer.data.ledger.selection import select_rows
 from hpcinfer.data.tokenize import Tokenizer
 from hpcinfer.engine.replica_plan import ReplicaPlan
 from hpcinfer.engine.memory import context_limit
+from hpcinfer.errors import ConfigError
 from hpcinfer.layers.experts import check_packed
 from hpcinfer.launch.env import LaunchEnvironment
 from hpcinfer.launch.walltime import job_end_s
@@ -27,6 +30,7 @@ from hpcinfer.models.checkpoint import Checkpoint, check_tensors
 from hpcinfer.models.registry import model_class
 from hpcinfer.parallel.mesh import Mesh
 from hpcinfer.runner.identity import model_facts, sampling_facts
+from hpcinfer.runner.prompt_limit import PromptLimit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,12 +62,13 @@ def check_job(job: JobConfig, world_size: int, environment: LaunchEnvironment) -
     mesh = Mesh.of(
         world_size, pp=parallel.pp, sp=parallel.sp, tp=parallel.tp, ep=parallel.ep, dp=parallel.dp or None
     )
-    context_limit(model, job.engine)
+    prompt_limit(job, context_limit(model, job.engine))
     checkpoint = Checkpoint(job.model.path)
     check_tensors(checkpoint, model_class(model), model)
     with open_job_prompts(job) as reader:
         if reader.kind == "text":
             Tokenizer(job.model.path)
+        select_rows(job.data.rows, job.data.limit, reader.num_rows)
         started = time.strftime("%Y%m%dT%H%M%S") + (f"-job{environment.job_id}" if environment.job_id else "")
         return CheckedJob(
             mesh=mesh, model=model, checkpoint=checkpoint, num_rows=reader.num_rows, started=started,
@@ -76,6 +81,8 @@ class OpenedRun:
     """What a start finds in its run directory."""
 
     complete: bool
+    retry_round: int
+    """Of this start: how often failed rows were given another try (`data.ledger.rounds`)."""
     kv_tokens_limit: int | None
     """K/V tokens that a start in this layout may have, where one ran out of memory with more."""
 
@@ -98,12 +105,17 @@ def open_run(job: JobConfig, checked: CheckedJob, plan: ReplicaPlan, environment
             job.data.output, identity, num_replicas=checked.mesh.dp,
             prefix_fingerprint=lambda num_rows: prefix_fingerprint(reader, num_rows),
         )
-    check_lives(
-        run, checked.num_rows, job=str(environment.job_id or ""), cluster=environment.cluster,
-        restart_count=environment.restart_count, max_lives=job.run.max_lives,
+    slurm_job = {
+        "job": str(environment.job_id or ""), "cluster": environment.cluster, "restart_count": environment.restart_count,
+    }
+    retry_round = choose_round(
+        run, checked.num_rows, retry=job.run.retry_failed, array=str(environment.array_id or ""), **slurm_job
     )
+    check_truncation(run, retry_round, identity.sampling)
+    check_lives(run, checked.num_rows, max_lives=job.run.max_lives, retry_round=retry_round, **slurm_job)
     return OpenedRun(
-        complete=run.is_complete(checked.num_rows),
+        complete=run.is_complete(checked.num_rows, retry_round),
+        retry_round=retry_round,
         kv_tokens_limit=read_budget(run, layout=job.parallel.replica_layout),
     )
 
@@ -116,3 +128,13 @@ def open_job_prompts(job: JobConfig) -> PromptsReader:
 def job_tokenizer(job: JobConfig) -> Tokenizer | None:
     """The tokenizer of a job's model; None where it has none, and prompts are token ids."""
     return Tokenizer(job.model.path) if (Path(job.model.path) / "tokenizer.json").is_file() else None
+
+
+def prompt_limit(job: JobConfig, max_context: int) -> PromptLimit:
+    """What a job does with too long prompts. Raises ConfigError where its limit is above the context's."""
+    if job.data.max_prompt_tokens >= max_context:
+        raise ConfigError(
+            f"data.max_prompt_tokens = {job.data.max_prompt_tokens} leaves no room for an output token",
+            found=f"a context of {max_context} tokens", fix=f"give at most {max_context - 1}",
+        )
+    return PromptLimit(max_context, job.data.max_prompt_tokens, job.data.truncate)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from hpcinfer.observe.metrics import PHASES
+from hpcinfer.runner.trial import trial_lines
 from hpcinfer.units import format_count, format_duration
 
 
@@ -50,8 +51,15 @@ class RunSummary:
     0 where there was nothing to generate."""
     nccl: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """NCCL_* variables that were in force, and NCCL's version; empty where tensors did not travel over NCCL."""
+    trial: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    """Of a trial: `is_done`, and what `runner.trial.estimate` says of the whole run; empty for other starts."""
     experts: Mapping[str, list[int]] = dataclasses.field(default_factory=dict)
     """Mixtures of experts: layer -> tokens that each expert got in this start; empty without mixtures."""
+
+    @property
+    def is_done(self) -> bool:
+        """All that this start was asked for is committed: the whole run, or the rows of a trial."""
+        return self.complete or bool(self.trial.get("is_done"))
 
     def to_dict(self) -> dict:
         """For JSON."""
@@ -62,7 +70,7 @@ def summary_text(summary: RunSummary) -> str:
     """A few lines for the console."""
     seconds = max(summary.generation_seconds, 1e-9)
     lines = [
-        f"{'Done' if summary.complete else 'Stopped'} in {format_duration(summary.seconds)} on {summary.layout}.",
+        f"{'Done' if summary.is_done else 'Stopped'} in {format_duration(summary.seconds)} on {summary.layout}.",
         f"  rows      {_rows(summary)}",
         f"  tokens    {format_count(summary.prompt_tokens)} prompt, {format_count(summary.output_tokens)} generated",
         f"  rate      {format_count(summary.generated_rows / seconds)} rows/s, "
@@ -73,8 +81,10 @@ def summary_text(summary: RunSummary) -> str:
         lines.append(f"  experts   {_experts(summary.experts)}")
     for reason, count in summary.failures.items():
         lines.append(f"  failed    {format_count(count)} x {reason}")
+    if summary.trial.get("is_done"):
+        lines += trial_lines(summary.trial)
     lines.append(f"  output    {summary.output}")
-    if summary.complete:
+    if summary.is_done:
         lines.append(f"  look      hpcinfer inspect {summary.output}")
     else:
         lines.append("  resume    run the same command again: it goes on from what is committed")

@@ -6,7 +6,7 @@ import dataclasses
 import enum
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from hpcinfer.data.ledger.commit import claim_name, is_transient, read_owner
 from hpcinfer.data.ledger.coverage import Coverage, list_segments
 from hpcinfer.data.ledger.liveness import Liveness, Verdict
 from hpcinfer.data.ledger.permutation import KeyedPermutation
-from hpcinfer.data.ledger.run_directory import RunDirectory, storage_errors, unusable
+from hpcinfer.data.ledger.run_directory import RunDirectory, read_json, storage_errors, unusable
 from hpcinfer.data.ledger.writers import identity_path
 
 _SCAN_SHARE = 0.05
@@ -158,7 +158,7 @@ class Ledger:
         own, and this life committed rows (`num_committed`). Raises RunDirectoryError, ResumableError.
         """
         with storage_errors(self._run.path):
-            if num_committed == 0 or self._run.is_complete(self.coverage.num_rows):
+            if num_committed == 0 or self._run.is_complete(self.coverage.num_rows, self.coverage.retry_round):
                 return False
             self.coverage.refresh()
             # What is not held by somebody who may be at work is free, abandoned or this writer's own.
@@ -218,6 +218,7 @@ class Ledger:
         """
         self._list_claims()
         self._liveness.refresh()
+        finished = read_json(self._run.done) or {}
         verdicts: dict[str, Verdict] = {}
         abandoned, silent, num_live = [], [], 0
         for number in self.coverage.incomplete_claims().tolist():
@@ -229,7 +230,9 @@ class Ledger:
                 if own_too:
                     abandoned.append(number)
                 continue
-            if owner:
+            if owner and self._is_over(finished, number, owner):
+                verdict = Verdict.LEFT
+            elif owner:
                 verdict = verdicts.get(owner) or verdicts.setdefault(owner, self._liveness.verdict(owner))
             else:
                 verdict = self._liveness.unowned_verdict(f"{number}.{generation}")
@@ -240,6 +243,11 @@ class Ledger:
             else:
                 num_live += 1
         return self._in_own_order(abandoned), self._in_own_order(silent), num_live
+
+    def _is_over(self, finished: Mapping[str, int], number: int, owner: str) -> bool:
+        """Whether the round of a claim's owner was complete as far as the claim goes: nobody works on it, whoever lives."""
+        last = min((number + 1) * self.coverage.claim_size, self.coverage.num_rows)
+        return last <= finished.get("num_rows", -1) and self.coverage.rounds.of(owner) <= finished.get("retry_round", 0)
 
     def _in_own_order(self, numbers: list[int]) -> list[int]:
         order = KeyedPermutation(len(numbers), int(self._id, 16))

@@ -15,7 +15,9 @@ import numpy as np
 from hpcinfer.data.ledger.commit import create_new
 from hpcinfer.data.generation_table import GenerationTable
 from hpcinfer.data.generations import GenerationFile
+from hpcinfer.data.ledger.rounds import WriterRounds
 from hpcinfer.data.ledger.run_directory import RunDirectory
+from hpcinfer.data.ledger.selection import RowSelection
 from hpcinfer.errors import DataError
 from hpcinfer.request import Status
 
@@ -113,28 +115,40 @@ class _Partial:
 class Coverage:
     """The bitmap of done (row, sample), the rows missing in each claim, and where the partial rows are.
 
-    A row is done when it is committed as ok or failed. Memory: a bit a (row, sample), 8 bytes a claim, and the
-    partial rows.
+    A row is done when it is committed as ok, or as failed in this round (`rounds`). Memory: a bit a (row, sample), 8
+    bytes a claim, and the partial rows.
     """
 
-    def __init__(self, run: RunDirectory, num_rows: int, *, bad_segments: BadSegments | None = None) -> None:
-        """`num_rows`: rows of the input now; rows beyond it (of a writer that sees a longer input) are passed over."""
+    def __init__(
+        self,
+        run: RunDirectory,
+        num_rows: int,
+        *,
+        bad_segments: BadSegments | None = None,
+        selection: RowSelection | None = None,
+        retry_round: int | None = None,
+    ) -> None:
+        """`num_rows`: rows of the input now; rows beyond it (of a writer that sees a longer input) are passed over.
+        `selection`: the rows that are wanted, by default all; others count as done. `retry_round`: failed rows of
+        earlier rounds count as missing; by default the newest round that there is now. Raises OSError.
+        """
         self._run = run
         self.num_rows = num_rows
         self.num_samples = run.num_samples
         self.claim_size = run.claim_size
         self.num_claims = -(-num_rows // run.claim_size)
         self.bad_segments = bad_segments or BadSegments(run)
+        self._selection = selection or RowSelection(0, num_rows)
+        self.rounds = WriterRounds(run)
+        self.retry_round = self.rounds.newest() if retry_round is None else retry_round
+        """The round in which failed rows are done."""
         self._reset()
 
     def _reset(self) -> None:
-        self._bits = np.zeros(-(-self.num_keys // 8), np.uint8)
-        sizes = np.full(self.num_claims, self.claim_size * self.num_samples, np.int64)
-        if self.num_claims:
-            sizes[-1] = self.num_keys - (self.num_claims - 1) * self.claim_size * self.num_samples
-        self._missing = sizes
+        self._bits = self._selection.unselected_bits(self.num_rows, self.num_samples)
+        self._missing = self._selection.rows_of_claims(self.num_claims, self.claim_size) * self.num_samples
         self.num_failed = 0
-        """(row, sample) first seen as failed."""
+        """(row, sample) first seen as failed, in this round."""
         self._partials: dict[int, _Partial] = {}
         self._known: set[str] = set()
 
@@ -142,6 +156,11 @@ class Coverage:
     def num_keys(self) -> int:
         """(row, sample) pairs of the whole input."""
         return self.num_rows * self.num_samples
+
+    @property
+    def num_wanted(self) -> int:
+        """(row, sample) pairs of the selected rows."""
+        return self._selection.num_rows * self.num_samples
 
     @property
     def num_missing(self) -> int:
@@ -167,7 +186,7 @@ class Coverage:
         return np.flatnonzero(self._missing)
 
     def is_done(self, row: int, sample: int) -> bool:
-        """Whether (row, sample) is committed as ok or failed."""
+        """Whether (row, sample) is committed as ok or failed, or not wanted."""
         key = row * self.num_samples + sample
         return bool(self._bits[key >> 3] >> (key & 7) & 1)
 
@@ -179,7 +198,8 @@ class Coverage:
         inside = np.flatnonzero((rows < self.num_rows) & (samples < self.num_samples))
         keys = rows[inside].astype(np.int64) * self.num_samples + samples[inside].astype(np.int64)
         statuses = statuses[inside]
-        done = statuses != Status.PARTIAL
+        is_final = not self.retry_round or self.rounds.of(segment_order(segment)[0]) >= self.retry_round
+        done = statuses != Status.PARTIAL if is_final else statuses == Status.OK
         candidates, first = np.unique(keys[done], return_index=True)
         new = (self._bits[candidates >> 3] >> (candidates & 7).astype(np.uint8)) & 1 == 0
         fresh = candidates[new]
@@ -189,7 +209,7 @@ class Coverage:
         if self._partials:
             for key in fresh.tolist():
                 self._partials.pop(key, None)
-        for position in np.flatnonzero(~done).tolist():
+        for position in np.flatnonzero(statuses == Status.PARTIAL).tolist():
             index = int(inside[position])
             self._add_partial(int(keys[position]), _Partial(int(lengths[index]), segment, index))
 

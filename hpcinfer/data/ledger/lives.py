@@ -53,7 +53,7 @@ def lives_of_job(run: RunDirectory, *, job: str, cluster: str = "") -> list[Life
 
 
 def check_lives(
-    run: RunDirectory, num_rows: int, *, job: str, cluster: str = "", restart_count: int, max_lives: int
+    run: RunDirectory, num_rows: int, *, job: str, cluster: str = "", restart_count: int, max_lives: int, retry_round: int = 0
 ) -> None:
     """Make sure that another life of a Slurm job makes sense.
 
@@ -62,6 +62,7 @@ def check_lives(
         job: Slurm's job id; "" outside Slurm, where every start is somebody's own wish.
         restart_count: of this life, for which nobody has registered yet.
         max_lives: `run.max_lives`.
+        retry_round: of this life.
 
     Raises:
         LivesError: too many lives, or the last ones committed nothing although rows were left.
@@ -69,7 +70,7 @@ def check_lives(
     if not job or restart_count == 0:
         return
     with storage_errors(run.path):
-        if run.is_complete(num_rows):
+        if run.is_complete(num_rows, retry_round):
             return
         if restart_count >= max_lives:
             raise LivesError(

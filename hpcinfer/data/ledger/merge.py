@@ -26,11 +26,12 @@ from hpcinfer.data.ledger.commit import (
     remove_quietly,
     temporary_path,
 )
-from hpcinfer.data.ledger.coverage import BadSegments, Coverage, list_segments
+from hpcinfer.data.ledger.coverage import BadSegments, Coverage, list_segments, segment_order
 from hpcinfer.data.generation_table import RAGGED_COLUMNS, GenerationTable
 from hpcinfer.data.generations import GenerationFile
 from hpcinfer.data.ledger.liveness import Liveness, Verdict
 from hpcinfer.data.ledger.merged_file import MergedColumns, Sink
+from hpcinfer.data.ledger.rounds import WriterRounds
 from hpcinfer.data.ledger.run_directory import RunDirectory, storage_errors, unusable
 from hpcinfer.data.ledger.writers import identity_path, writer_ids
 from hpcinfer.errors import DataError, ResumableError
@@ -113,6 +114,7 @@ def merge_run(
                 {
                     "num_rows": num_rows,
                     "num_samples": run.num_samples,
+                    "retry_round": plan.coverage.retry_round,
                     "ok": result.num_ok,
                     "failed": result.num_failed,
                     "prompt_tokens": result.prompt_tokens,
@@ -130,6 +132,18 @@ def merge_run(
             ) from error
         raise unusable(run.path if destination is None else final.parent, error) from error
     return result
+
+
+def merge_trial(run: RunDirectory, num_rows: int) -> None:
+    """Merges what is committed into `run.trial`, in the place of what an earlier trial left there. Raises as `merge_run`."""
+    temporary = temporary_path(run.path, run.trial.name)
+    try:
+        merge_run(run, num_rows, temporary, allow_partial=True)
+        with storage_errors(run.path):
+            os.replace(temporary, run.trial)
+            fsync_folder(run.path)
+    finally:
+        remove_quietly(temporary)
 
 
 def _settle(run: RunDirectory, bad: BadSegments, progress: Callable[[], None], sleep: Callable[[float], None]) -> None:
@@ -220,7 +234,10 @@ class _Plan:
         """What the segments hold; its own reading is not used."""
         weights = np.zeros(-(-num_rows // self.bin_rows) + 1, np.int64)
         names, marked = list_segments(run)
+        rounds = WriterRounds(run)
         self.num_bad = len(marked)
+        # Of a row that failed in several rounds the last error counts.
+        names.sort(key=lambda name: -rounds.of(segment_order(name)[0]))
         for index, name in enumerate(name for name in names if name not in marked):
             self._add(name, weights)
             if index % 16 == 0:
@@ -317,7 +334,8 @@ def _write(run: RunDirectory, plan: _Plan, final: Path, owner: str, progress: Ca
                 output_tokens += int(table.n_output_tokens.sum(dtype=np.int64))
                 sink.check()
                 progress()
-            complete = int(counts[Status.OK] + counts[Status.FAILED]) == num_keys
+            # Failed rows of earlier rounds are there, but not done.
+            complete = plan.coverage.is_full
             format_v1.write_root_attributes(file, run.uuid, complete)
         sink.check()
         result = MergeResult(
@@ -333,7 +351,7 @@ def _write(run: RunDirectory, plan: _Plan, final: Path, owner: str, progress: Ca
             output_tokens=output_tokens,
             complete=complete,
         )
-        if complete != plan.coverage.is_full:
+        if complete and int(counts[Status.OK] + counts[Status.FAILED]) != num_keys:
             raise DataError(f"the merge of {run.path} does not match its segments", found=f"{result}")
         sink.finish()
         os.rename(temporary, final)

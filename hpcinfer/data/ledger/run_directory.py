@@ -2,6 +2,7 @@
 
     run.json  writers/<id>.json  writers/<id>.beat  claims/<n>.<generation>  segments/seg-<writer>-<seq>.h5  logs/
     generations.h5  done.json                                   (at the end)
+    trial.h5  trial.json                                        (at the end of a trial)
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ VERSION = 1
 _FOLDERS = ("writers", "claims", "segments", "logs")
 _CLAIMS_TARGET = 20_000
 _CLAIMS_PER_REPLICA = 32
+_OF_A_ROUND = {"truncate"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,17 +92,37 @@ class RunDirectory:
         """The merged output, there at the end of a run."""
         return self.path / "generations.h5"
 
+    @property
+    def trial(self) -> Path:
+        """The rows that are there at the end of a trial, in the form of `generations`."""
+        return self.path / "trial.h5"
+
+    def write_trial(self, facts: Mapping[str, Any]) -> None:
+        """Writes trial.json, the marker of a trial that has all of its rows. Raises RunDirectoryError, ResumableError."""
+        when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        with storage_errors(self.path):
+            replace_bytes(self.path, "trial.json", _to_json({"ended": when, **facts}), durable=True)
+
+    @property
+    def done(self) -> Path:
+        """The marker of completion."""
+        return self.path / "done.json"
+
     def read_done(self) -> dict[str, Any] | None:
         """The marker of completion: {"num_rows", "num_samples", "ok", "failed", ...}, or None. Raises
         RunDirectoryError, ResumableError.
         """
         with storage_errors(self.path):
-            return _read_json(self.path / "done.json")
+            return read_json(self.done)
 
-    def is_complete(self, num_rows: int) -> bool:
-        """Whether generations.h5 holds every (row, sample) of an input of `num_rows` rows."""
+    def is_complete(self, num_rows: int, retry_round: int = 0) -> bool:
+        """Whether generations.h5 holds every (row, sample) of an input of `num_rows` rows, failed ones tried again in
+        `retry_round` rounds (`rounds`).
+        """
         done = self.read_done()
-        return done is not None and done.get("num_rows", -1) >= num_rows and self.generations.exists()
+        if done is None or done.get("num_rows", -1) < num_rows or done.get("retry_round", 0) < retry_round:
+            return False
+        return self.generations.exists()
 
     def write_done(self, facts: Mapping[str, Any], owner: str) -> None:
         """Writes the marker, after generations.h5 has its name; `owner` is the writer's id. Raises OSError."""
@@ -147,7 +169,7 @@ def open_existing(path: str | Path, *, sleep: Callable[[float], None] = time.sle
     with storage_errors(path):
         # Where links do not exist run.json is empty for a moment after its creation.
         for _ in range(50):
-            facts = _read_json(path / "run.json")
+            facts = read_json(path / "run.json")
             if facts is not None or not (path / "run.json").exists():
                 break
             sleep(0.1)
@@ -258,9 +280,9 @@ def _new_run(identity: RunIdentity, num_replicas: int) -> dict[str, Any]:
 def _check_same_run(run: RunDirectory, wanted: RunIdentity, prefix_fingerprint: Callable[[int], str] | None) -> None:
     stored = run.identity
     differences = []
-    for section in ("model", "sampling"):
+    for section in ("model", "sampling"):  # what a later round may change is checked there (`rounds`)
         before, now = dict(getattr(stored, section)), json.loads(_to_json(getattr(wanted, section)))
-        for key in sorted(before.keys() | now.keys()):
+        for key in sorted((before.keys() | now.keys()) - _OF_A_ROUND):
             if before.get(key) != now.get(key):
                 differences.append(f"{section}.{key}: the run has {before.get(key)!r}, this job {now.get(key)!r}")
     if stored.num_samples != wanted.num_samples:
@@ -294,8 +316,8 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """None where there is no such file, or not (yet) a whole JSON object in it."""
+def read_json(path: Path) -> dict[str, Any] | None:
+    """None where there is no such file, or not (yet) a whole JSON object in it. Raises OSError."""
     try:
         facts = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):

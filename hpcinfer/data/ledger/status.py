@@ -85,6 +85,8 @@ class RunStatus:
     """generations.h5, once it is there."""
     num_segments: int
     num_bad_segments: int
+    retry_round: int
+    """How often failed rows were given another try. Failed rows of an earlier round are among those left."""
     rows_per_s: float
     """Now: the last minutes of the live writers, added up."""
     output_tokens_per_s: float
@@ -153,19 +155,20 @@ class StatusReader:
         writers = [dataclasses.replace(w, straggles=reasons.get(w.id, "")) for w in writers]
         done = run.read_done()
         num_rows = max([run.num_rows, *(w.identity.num_rows for w in writers), (done or {}).get("num_rows", 0)])
-        complete = run.is_complete(num_rows)
+        retry_round = max((w.identity.retry_round for w in writers), default=0)
+        complete = run.is_complete(num_rows, retry_round)
         total = num_rows * run.num_samples
         exact = complete or (self._exact if self._exact is not None else len(names) <= EXACT_SEGMENTS)
         if complete:
             num_ok, num_failed, num_partial = done["ok"], done["failed"], 0
         elif exact:
-            coverage = Coverage(run, num_rows)
+            coverage = Coverage(run, num_rows, retry_round=retry_round)
             coverage.refresh()
             num_failed, num_partial = coverage.num_failed, coverage.num_partial
             num_ok = total - coverage.num_missing - num_failed
         else:
             num_ok = min(total, sum(w.num_ok for w in writers))
-            num_failed = min(total - num_ok, sum(w.num_failed for w in writers))
+            num_failed = min(total - num_ok, sum(w.num_failed for w in writers if w.identity.retry_round == retry_round))
             num_partial = min(total - num_ok - num_failed, sum(w.num_partial for w in writers))
         active = [w for w in writers if w.is_active]
         to_do = total - num_ok - num_failed
@@ -187,6 +190,7 @@ class StatusReader:
             output=run.generations if run.generations.exists() else None,
             num_segments=len(names),
             num_bad_segments=len(bad),
+            retry_round=retry_round,
             rows_per_s=sum(w.rows_per_s for w in live),
             output_tokens_per_s=sum(w.output_tokens_per_s for w in live),
             rows_per_s_overall=(num_ok + num_failed) / max(self._lasted_s(writers), 1e-9),

@@ -58,6 +58,12 @@ class WriterIdentity:
     """"replica", or "merge" for a merge started by hand."""
     num_rows: int = 0
     """Rows of the input as this life sees it."""
+    array: str = ""
+    """Slurm's id of the job array that the job is a task of."""
+    retry_round: int = 0
+    """How often failed rows had been given another try, this start's included (`rounds`)."""
+    truncate: str = "error"
+    """What too long prompts meant to it (`data.truncate`)."""
 
     @staticmethod
     def of_this_process(**facts: Any) -> WriterIdentity:

@@ -61,6 +61,11 @@ def test_overrides_reach_any_key(tmp_path):
         (["parallel.two_batch=" + "9" * 5000], "the smallest number of tokens"),
         (["parallel.microbatches=17"], "at most 16"),
         (["model.experts=some"], "unpacked, packed"),
+        (["data.limit=-1"], "a number of rows"),
+        (["data.rows='5'"], '"a:b"'),
+        (["data.rows=-5:7"], '"a:b"'),
+        (["data.truncate=middle"], "error, left, right"),
+        (["data.max_prompt_tokens=-1"], "or more"),
     ],
 )
 def test_wrong_values_say_what_is_valid(tmp_path, overrides, words):
@@ -128,3 +133,17 @@ def test_no_override_breaks_the_reader(override):
         job_from_tables(tables)
     except HpcinferError as error:
         assert str(error)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "output"),
+    [
+        ([], "runs/o/"), (["data.limit=5"], "runs/o-trial"), (["data.rows=1:"], "runs/o-trial"),
+        (["data.limit=5", "data.output=runs/o"], "runs/o"), ([" data.output =there", "data.limit=5"], "there"),
+        (["data.limit=0", "run.retry_failed=true"], "runs/o/"),
+    ],
+)  # fmt: skip
+def test_a_trial_has_a_folder_of_its_own_unless_one_is_named(tmp_path, overrides, output):
+    path = tmp_path / "job.toml"
+    path.write_text('[model]\npath = "m"\n[data]\nprompts = "p"\noutput = "runs/o/"\n')
+    assert load_job(path, overrides).data.output == output

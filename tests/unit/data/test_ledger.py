@@ -13,51 +13,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcinfer.data.ledger import claims as ledger_module
-from hpcinfer.data.ledger.coverage import Coverage
-from hpcinfer.data.ledger.claims import Claim, Ledger, NoClaim
+from hpcinfer.data.ledger.claims import Claim, NoClaim
 from hpcinfer.data.ledger.liveness import Liveness, Verdict
 from hpcinfer.data.ledger.permutation import KeyedPermutation
 from hpcinfer.data.ledger.run_directory import RunDirectory, create_or_open
-from hpcinfer.data.ledger.segments import SegmentPolicy, SegmentWriter
-from hpcinfer.data.ledger.writers import Writer, WriterIdentity, register_writer
+from hpcinfer.data.ledger.writers import WriterIdentity, register_writer
 from tests.faults.shim.harness import identity, stub_generation
+from tests.unit.data import lives
+from tests.unit.data.lives import Clock
 
 NUM_ROWS = 640
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class Life:
-    """A writer with its ledger and segments; by default in another place, so that only its heartbeat speaks for it."""
-
-    def __init__(
-        self, run: RunDirectory, clock: Clock, who: WriterIdentity = WriterIdentity(), num_rows: int = NUM_ROWS
-    ) -> None:
-        self.run = run
-        self.writer: Writer = register_writer(run, who, interval_s=0.0, clock=clock)
-        self.liveness = Liveness(run, clock=clock, stale_after_s=100)
-        self.ledger = Ledger(run, self.writer.id, self.liveness, Coverage(run, num_rows), clock=clock, min_scan_s=0)
-        self.segments = SegmentWriter(
-            run, self.writer.id, SegmentPolicy(max_rows=10**6), on_commit=self.ledger.coverage.add_table
-        )
-
-    def take_all(self) -> list[Claim]:
-        claims = []
-        while isinstance(claim := self.ledger.next_claim(), Claim):
-            claims.append(claim)
-        return claims
-
-    def do(self, claims: list[Claim]) -> int:
-        done = [stub_generation(row, sample) for claim in claims for row, sample, _ in self.ledger.remaining(claim)]
-        self.segments.add(done)
-        self.segments.flush()
-        return len(done)
+class Life(lives.Life):
+    def __init__(self, run: RunDirectory, clock: Clock, who: WriterIdentity = WriterIdentity(), num_rows: int = NUM_ROWS) -> None:
+        super().__init__(run, clock, who, num_rows=num_rows)
 
 
 @pytest.fixture

@@ -51,7 +51,8 @@ def test_facts_of_a_job():
 def test_how_commands_know_an_array_task():
     """Its last task has the number of the whole array."""
     task = LaunchEnvironment({**STEP, "SLURM_ARRAY_JOB_ID": "71", "SLURM_ARRAY_TASK_ID": "3", "SLURM_CLUSTER_NAME": "big"})
-    assert (task.job_reference, task.cluster) == ("71_3", "big")
+    assert (task.job_reference, task.cluster, task.array_id) == ("71_3", "big", 71)
+    assert LaunchEnvironment(STEP).array_id is None
     assert LaunchEnvironment(STEP).job_reference == "71"
     assert LaunchEnvironment({}).job_reference == LaunchEnvironment({}).cluster == ""
 

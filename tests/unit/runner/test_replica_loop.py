@@ -82,6 +82,8 @@ class FakeFeed:
         self.state = None if self._failed else NoClaim.WAIT
         return [], [failed_row()] * self._failed
 
+    def close(self) -> None: ...
+
 
 def failed_row() -> Generation:
     return Generation(row=0, status=Status.FAILED, finish_reason=FinishReason.NONE, error="too long")
@@ -135,6 +137,8 @@ class Rows:
         self.state = None if self.left else NoClaim.DONE
         sampling = SamplingParams(max_tokens=100)
         return [Request(row=row, prompt_token_ids=np.array([1], np.int32), sampling=sampling) for row in taken], []
+
+    def close(self) -> None: ...
 
 
 class Kept(FakeSegments):

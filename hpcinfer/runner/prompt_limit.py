@@ -1,0 +1,43 @@
+"""Prompts of too many tokens: a failed row, or cut."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from hpcinfer.errors import RowError
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PromptLimit:
+    """What a job does with too long prompts (`data.truncate`, `data.max_prompt_tokens`)."""
+
+    max_context: int
+    """Longest sequence in tokens, prompt and output together."""
+    max_prompt_tokens: int = 0
+    """0: what leaves room for an output token."""
+    truncate: str = "error"
+    """error, left or right."""
+
+    def fit(self, token_ids: np.ndarray, max_tokens: int) -> np.ndarray:
+        """A prompt, cut where it is too long.
+
+        What is cut keeps exactly `max_prompt_tokens`, where that is given, as vLLM's truncate_prompt_tokens does with "left"; else as
+        much as leaves room for `max_tokens`, at least one token. Special tokens at the end that is cut go too.
+
+        Args:
+            token_ids: int32 [num_tokens].
+            max_tokens: of its row.
+
+        Raises:
+            RowError: it is too long, and nothing is to be cut.
+        """
+        longest = self.max_prompt_tokens or self.max_context - 1
+        if len(token_ids) <= longest:
+            return token_ids
+        if self.truncate == "error":
+            limit = "data.max_prompt_tokens allows" if self.max_prompt_tokens else "the context leaves room for"
+            raise RowError(f"the prompt has {len(token_ids)} tokens; {limit} {longest} (data.truncate can have it cut)")
+        kept = self.max_prompt_tokens or max(1, self.max_context - max_tokens)
+        return token_ids[-kept:] if self.truncate == "left" else token_ids[:kept]

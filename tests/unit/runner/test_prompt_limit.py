@@ -1,0 +1,35 @@
+"""Prompts of too many tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hpcinfer.errors import RowError
+from hpcinfer.runner.prompt_limit import PromptLimit
+
+PROMPT = np.arange(1, 21, dtype=np.int32)
+
+
+@pytest.mark.parametrize(
+    ("limit", "max_tokens", "expected"),
+    [
+        (PromptLimit(30, 0, "left"), 25, list(range(1, 21))),  # it fits, if with little room
+        (PromptLimit(21), 5, list(range(1, 21))),
+        (PromptLimit(20, 0, "left"), 5, list(range(6, 21))),
+        (PromptLimit(20, 0, "right"), 5, list(range(1, 16))),
+        (PromptLimit(20, 0, "left"), 500, [20]),
+        (PromptLimit(100, 8, "left"), 5, list(range(13, 21))),
+        (PromptLimit(100, 8, "right"), 5, list(range(1, 9))),
+        (PromptLimit(100, 20, "right"), 5, list(range(1, 21))),
+    ],
+)
+def test_what_is_kept(limit, max_tokens, expected):
+    kept = limit.fit(PROMPT, max_tokens)
+    assert kept.tolist() == expected and kept.dtype == np.int32
+
+
+@pytest.mark.parametrize(("limit", "words"), [(PromptLimit(20), "leaves room for 19"), (PromptLimit(100, 8), "data.max_prompt_tokens allows 8")])
+def test_without_a_policy_it_is_an_error_of_the_row(limit, words):
+    with pytest.raises(RowError, match=words):
+        limit.fit(PROMPT, 5)
