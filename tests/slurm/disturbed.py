@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import os
 import random
 import signal
@@ -288,11 +289,14 @@ def end_time(victim: Victim) -> Iterator[str]:
 
     Slurm looks at limits every 30 s, from whenever it was started: that makes the moment a random one.
     """
-    victim.cluster.run("scontrol", "update", f"jobid={victim.reference}", "EndTime=now+1")
-
     def is_over() -> bool:
         task = victim.task
-        return task["JobState"] in ("COMPLETING", "TIMEOUT") or task["Restarts"] != "0"
+        if task["JobState"] in ("COMPLETING", "TIMEOUT") or task["Restarts"] != "0":
+            return True
+        if datetime.datetime.fromisoformat(task["EndTime"]) > datetime.datetime.now() + datetime.timedelta(minutes=1):
+            # Slurm forgets it where the job is just beginning.
+            victim.cluster.run("scontrol", "update", f"jobid={victim.reference}", "EndTime=now+1")
+        return False
 
     wait_for(is_over, within_s=45)
     yield "time limit, without a warning before it"
