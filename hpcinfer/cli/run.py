@@ -6,7 +6,8 @@ Running a job whose run directory exists goes on from what is committed there, o
 --limit and --rows make a trial: a start that takes some rows only. Its run directory is like any other, so that a start without them
 goes on from it.
 
-Exit codes: 0 every row is in generations.h5 (of a trial: its rows are in trial.h5), 1 failed, 2 the job or the command line is wrong, 3 incomplete but resumable.
+Exit codes: 0 every row is in generations.h5 (of a trial: its rows are in trial.h5), 1 failed, 2 the job or the command line is wrong, 3
+incomplete but resumable.
 """
 
 from __future__ import annotations

@@ -125,8 +125,8 @@ def trial_lines(trial: Mapping[str, Any]) -> list[str]:
     ]
     if not trial["is_full"]:
         lines.append(
-            f"  note      too few rows to keep the batch full ({format_count(trial['max_sequences'])} at once in a replica): the whole run will be "
-            "faster than that; a larger --limit says how much"
+            f"  note      too few rows to keep the batch full ({format_count(trial['max_sequences'])} at once in a replica): the whole run "
+            "will be faster than that; a larger --limit says how much"
         )
     if not trial["is_drawn"]:
         lines.append("  note      the rows are not drawn from the whole input: others may be longer or shorter (--limit draws them)")

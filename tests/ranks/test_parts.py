@@ -108,7 +108,8 @@ def test_a_trial_and_then_the_whole_run(tmp_path, prompts, undisturbed):
     assert result.returncode == 0, result.stderr
     output = tmp_path / "run-trial"
     assert not (tmp_path / "run").exists() and not (output / "generations.h5").exists() and not (output / "done.json").exists()
-    assert "20 of 120 rows" in result.stdout and "for all 120 rows in this layout" in result.stdout and "CPU-hours on 2 ranks" in result.stdout
+    for words in ("20 of 120 rows", "for all 120 rows in this layout", "CPU-hours on 2 ranks"):
+        assert words in result.stdout
     assert result.stdout.count(" -> ") == 5, "it shows some of its rows"
     trial = rows_of(output / "trial.h5")
     assert len(trial) == 20 and min(trial) < 40 and max(trial) > 80
@@ -171,7 +172,8 @@ def test_tasks_of_an_array_try_failed_rows_once(tmp_path, prompts, undisturbed):
     """Each with its own job id, the last one long after the others are done; and a task that Slurm starts again."""
     output = tmp_path / "run"
     in_process(output, prompts)
-    settings = [f"data.output={output}", f"data.prompts={prompts}", "parallel.tp=1", *SAMPLED, "run.retry_failed=true", "data.truncate=left"]
+    settings = [f"data.output={output}", f"data.prompts={prompts}", "parallel.tp=1", *SAMPLED]
+    settings += ["run.retry_failed=true", "data.truncate=left"]
     generated = []
     for job, restarts in ((41, 0), (42, 0), (41, 1)):
         task = {"SLURM_JOB_ID": str(job), "SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "1", "SLURM_RESTART_COUNT": str(restarts)}
@@ -183,21 +185,21 @@ def test_tasks_of_an_array_try_failed_rows_once(tmp_path, prompts, undisturbed):
 
 @pytest.mark.full
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("layout", ["tp1", "tp2", "pp2", "dp2", "tp2 x pp2", "sp2"])
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2", "sp2"])
 def test_a_trial_goes_on_after_a_kill_and_its_run_after_that(layout, tmp_path, prompts, undisturbed):
     output = tmp_path / "run"
     settings = [*LAYOUTS[layout], *SAMPLED, f"data.prompts={prompts}", "data.limit=40"]
-    num_ranks = {"tp1": 1, "tp2 x pp2": 4}.get(layout, 2)
-    with Start(output, num_ranks, [*settings, *SLOW]) as trial:
+    with Start(output, 2, [*settings, *SLOW]) as trial:
         trial.wait_for(lambda status: status.num_done >= 5)
-        trial.signal(num_ranks - 1, signal.SIGKILL)
+        trial.signal(1, signal.SIGKILL)
         trial.process.wait(30)
     status = read_status(output)
     assert status.num_done < 33
     result = started(output, prompts, layout, "--limit", "40", "--json")
     assert result.returncode == 0, result.stderr
     summary = json.loads(result.stdout)
-    assert summary["trial"]["is_done"] and summary["trial"]["rows"] == 40 and summary["generated_rows"] <= 40 - status.num_done - status.num_failed
+    assert summary["trial"]["is_done"] and summary["trial"]["rows"] == 40
+    assert summary["generated_rows"] <= 40 - status.num_done - status.num_failed
     assert len(rows_of(output / "trial.h5")) == 40
     assert in_process(output, prompts).complete
     assert_equal(rows_of(output / "generations.h5"), undisturbed["error"])

@@ -127,18 +127,6 @@ def test_a_finished_run_is_not_computed_again_and_another_job_is_refused(tmp_pat
     assert other.returncode == 1 and "input" in other.stderr
 
 
-def test_rows_appended_to_the_input_are_generated(tmp_path):
-    path = tmp_path / "prompts.h5"
-    write_prompts(path, ["1+1=", "2+2="])
-    assert run(tmp_path / "run", f"data.prompts={path}", "parallel.tp=1").returncode == 0
-    write_prompts(path, ["1+1=", "2+2=", "3+3="])
-    result = run(tmp_path / "run", f"data.prompts={path}", "parallel.tp=1", options=("--json",))
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["generated_rows"] == 1
-    with GenerationFile(tmp_path / "run/generations.h5") as file:
-        assert [r.text for r in file] == ["2", "4", "6"]
-
-
 @pytest.mark.parametrize("tp", [1, 2])
 def test_the_python_call_returns_a_summary(tmp_path, tp, monkeypatch):
     monkeypatch.chdir(ROOT)

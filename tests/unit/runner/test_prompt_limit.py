@@ -29,7 +29,9 @@ def test_what_is_kept(limit, max_tokens, expected):
     assert kept.tolist() == expected and kept.dtype == np.int32
 
 
-@pytest.mark.parametrize(("limit", "words"), [(PromptLimit(20), "leaves room for 19"), (PromptLimit(100, 8), "data.max_prompt_tokens allows 8")])
+@pytest.mark.parametrize(
+    ("limit", "words"), [(PromptLimit(20), "leaves room for 19"), (PromptLimit(100, 8), "data.max_prompt_tokens allows 8")]
+)
 def test_without_a_policy_it_is_an_error_of_the_row(limit, words):
     with pytest.raises(RowError, match=words):
         limit.fit(PROMPT, 5)
