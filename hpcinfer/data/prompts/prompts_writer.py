@@ -71,6 +71,8 @@ class PromptsWriter:
         self.path = path
         self.kind = kind
         self.num_rows = 0
+        self.num_rejected: int | None = None
+        """Lines of the source that are not in the file, where whoever writes knows; kept as an attribute."""
         self._is_finished = False
         self.is_broken = False
         """The file could not be written; nothing more can be appended."""
@@ -187,6 +189,8 @@ class PromptsWriter:
                 "fingerprint": self._chain.value(),
             }
         )
+        if self.num_rejected is not None:
+            self._file.attrs[schema.REJECTED] = self.num_rejected
         self._is_finished = True
 
 
