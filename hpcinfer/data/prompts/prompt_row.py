@@ -106,6 +106,18 @@ class PromptsReader(abc.ABC):
         for _ in range(start, stop):
             yield None
 
+    def meta_names(self) -> tuple[str, ...]:
+        """Names of the meta columns, as the keys of the input were; none where a layout has none."""
+        return ()
+
+    def meta(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Any]:
+        """Yields one meta column's values of rows [start, stop); None where a row has none. Raises as `rows`."""
+        return self._meta(name, start, self._checked(start, stop))
+
+    def _meta(self, name: str, start: int, stop: int) -> Iterator[Any]:
+        for _ in range(start, stop):
+            yield None
+
     @abc.abstractmethod
     def _rows(self, start: int, stop: int) -> Iterator[PromptRow]:
         """Yields rows of a range that is known to be inside."""
