@@ -18,6 +18,7 @@ from hpcinfer.data.convert.sources import unchanged
 from hpcinfer.data.convert.tokenised import tokenised
 from hpcinfer.data.hdf5 import whole_file
 from hpcinfer.data.prompts import schema
+from hpcinfer.data.prompts.packed import MAX_ROW_BYTES
 from hpcinfer.data.prompts.prompts_writer import PromptsWriter
 from hpcinfer.data.tokenize import Tokenizer
 from hpcinfer.errors import DataError, RowError, UsageError
@@ -148,6 +149,10 @@ class _Output:
         """Whether a record is not of this file's kind, which the first one decides; it is then rejected."""
         if not len(record.prompt):
             self._reject(source, record, "the prompt is empty")
+            return True
+        # A bound on characters and not on bytes, which would have to be counted; the writer bounds these.
+        if len(record.prompt) * (1 if isinstance(record.prompt, str) else 4) > MAX_ROW_BYTES:
+            self._reject(source, record, f"the prompt is longer than {MAX_ROW_BYTES} bytes")
             return True
         kind = schema.TEXT if isinstance(record.prompt, str) else schema.TOKEN_IDS
         self._summary.kind = self._summary.kind or kind

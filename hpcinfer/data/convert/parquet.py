@@ -13,6 +13,7 @@ from hpcinfer.data.prompts import schema
 from hpcinfer.errors import ConfigError, DataError
 
 _BATCH_ROWS = 1024
+_BATCH_BYTES = 16 << 20
 _READ_ERRORS = (OSError, ValueError, TypeError, KeyError, NotImplementedError, RuntimeError, MemoryError, OverflowError)
 """What pyarrow raises for damaged files: ArrowInvalid is a ValueError, ArrowTypeError a TypeError ..."""
 
@@ -64,7 +65,7 @@ class Parquet(Converter):
         if not names:
             raise DataError(f"{source} has none of the columns asked for", found=schema.shorten(there), fix="check --prompt-column")
         number = 0
-        for batch in file.iter_batches(_BATCH_ROWS, columns=names, use_threads=False):
+        for batch in file.iter_batches(_batch_rows(file.metadata), columns=names, use_threads=False):
             for values in _dicts(batch):
                 if isinstance(values, Exception):
                     yield Reject(number, f"the row cannot be read: {values}")
@@ -74,10 +75,20 @@ class Parquet(Converter):
 
     def _item(self, number: int, values: dict[str, Any]) -> Record | Reject:
         values = {name: plain(value) for name, value in values.items()}
+        # Cut before it is made text: a value may have a hundred megabytes.
+        shown = {name: value[:500] if isinstance(value, str | bytes | list) else value for name, value in values.items()}
+        raw = schema.shorten(shown, 1000)
         try:
-            return self._mapper.record(number, values, schema.shorten(values, 1000))
+            return self._mapper.record(number, values, raw)
         except (DataError, ConfigError) as error:
-            return Reject(number, schema.one_line(error), schema.shorten(values, 1000))
+            return Reject(number, schema.one_line(error), raw)
+
+
+def _batch_rows(metadata: Any) -> int:
+    """Rows read at a time: fewer where they are long, by the sizes that the file states of its row groups."""
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    longest = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0)
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(longest, 1)))
 
 
 def _dicts(batch: Any) -> Iterator[dict[str, Any] | Exception]:

@@ -106,7 +106,9 @@ def unchanged(source: str) -> Iterator[None]:
     after = _state(source)
     if before != after:
         raise DataError(
-            f"{source} changed while it was read", found=f"{before} bytes and ns, then {after}", fix="convert it when it is whole"
+            f"{source} changed while it was read",
+            found=" bytes, then ".join("no plain file" if state is None else str(state[0]) for state in (before, after)),
+            fix="convert it when nobody writes to it any more",
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hpcinfer.data.prompts import schema
+from hpcinfer.data.prompts.packed import MAX_ROW_BYTES
 from hpcinfer.errors import ConfigError, DataError, RowError
 from hpcinfer.request import SamplingParams
 
@@ -47,9 +48,11 @@ def sampling_for(row: PromptRow, defaults: SamplingParams) -> SamplingParams:
 
 
 def text_row(row: int, raw: bytes, overrides: Mapping[str, Any] = NO_OVERRIDES) -> PromptRow:
-    """A row from UTF-8 bytes; empty or invalid ones become an error row."""
+    """A row from UTF-8 bytes; empty, invalid or endless ones become an error row."""
     if not raw:
         return PromptRow(row, error="the prompt is empty")
+    if len(raw) > MAX_ROW_BYTES:
+        return PromptRow(row, error=f"the row has {len(raw)} bytes; the most is {MAX_ROW_BYTES}")
     try:
         return PromptRow(row, raw.decode(), None, overrides)
     except UnicodeDecodeError as error:
@@ -60,6 +63,8 @@ def token_row(row: int, ids: np.ndarray, overrides: Mapping[str, Any] = NO_OVERR
     """A row from integers; empty ones and those with ids outside int32's positive half become an error row."""
     if not len(ids):
         return PromptRow(row, error="the prompt is empty")
+    if 4 * len(ids) > MAX_ROW_BYTES:
+        return PromptRow(row, error=f"the row has {4 * len(ids)} bytes; the most is {MAX_ROW_BYTES}")
     low, high = int(ids.min()), int(ids.max())
     if low < 0:
         return PromptRow(row, error=f"token id {low} at position {int(ids.argmin())} is negative")

@@ -14,7 +14,7 @@ from hpcinfer.data.prompts import schema
 from hpcinfer.data.prompts.fingerprint import DIGEST_BYTES, FingerprintChain
 from hpcinfer.data.hdf5 import CHUNK_BYTES, LIBVER, whole_file
 from hpcinfer.data.hdf5_output import OutputFile
-from hpcinfer.data.prompts.packed import ColumnWriter, PackedWriter
+from hpcinfer.data.prompts.packed import MAX_ROW_BYTES, ColumnWriter, PackedWriter
 from hpcinfer.errors import ConfigError, DataError
 
 MAX_META_COLUMNS = 256
@@ -123,6 +123,8 @@ class PromptsWriter:
         try:
             # Everything that can fail comes before the first write, so that a refused row leaves no trace.
             stored = _as_text(prompt) if self.kind == schema.TEXT else _as_token_ids(prompt)
+            if len(stored) * (1 if self.kind == schema.TEXT else 4) > MAX_ROW_BYTES:
+                raise ValueError(f"it is longer than {MAX_ROW_BYTES} bytes")
             stored_id = None if id is None else id.encode()
             given = {key: schema.sampling_value(key, value) for key, value in overrides.items()} if overrides else {}
             encoded = {key: schema.encode_json(value) for key, value in meta.items()} if meta else {}
