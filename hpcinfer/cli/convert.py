@@ -43,6 +43,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="column with chat messages, a list of {role, content}; columns tools, documents, chat_template_kwargs are used too",
     )  # fmt: skip
     parser.add_argument(
+        "--as-chat", action="store_true", help="the prompt is what a user says: render it by the chat template of --model"
+    )
+    parser.add_argument(
+        "--system-prompt", default=defaults.system_prompt, metavar="TEXT", help="with --as-chat: what the system says before"
+    )
+    parser.add_argument(
         "--chat-template-args", default="{}", metavar="JSON", help="more variables for the chat template, as a JSON object"
     )
     parser.add_argument(
@@ -102,6 +108,8 @@ def execute(args: argparse.Namespace) -> int:
         prompt_column=args.prompt_column,
         prompt_template=args.prompt_template,
         chat_column=args.chat_column,
+        as_chat=args.as_chat,
+        system_prompt=args.system_prompt,
         chat_template_args=_json_object(args.chat_template_args, "--chat-template-args"),
         model=args.model,
         served_model_names=tuple(args.served_model_name),
@@ -140,7 +148,7 @@ def _json_object(text: str, flag: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{flag} {text!r} is not JSON", found=str(error), fix='give an object such as {"enable_thinking": false}') from error
+        raise UsageError(f"{flag} {text!r} is not JSON", found=str(error), fix='give one such as {"enable_thinking": false}') from error
     if not isinstance(value, dict):
         raise UsageError(f"{flag} {text!r} is not a JSON object", fix='give one such as {"enable_thinking": false}')
     return value

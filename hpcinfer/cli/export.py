@@ -34,6 +34,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dataset", default="", metavar="NAME", help="where the prompts are in a foreign layout")
     parser.add_argument("--errors", default="", metavar="FILE", help="openai: the error file (default: DEST with .errors in its name)")
+    parser.add_argument(
+        "--model", default="", metavar="FOLDER", help="openai: where the tokenizer is, for log-probabilities (default: the run's model)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what exists")
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
 

@@ -56,6 +56,8 @@ class ExportOptions:
     """Export what is there of a run that is not complete, also while it goes on. Default false: that is an error."""
     errors: str = ""
     """For openai: the error file. Default "": DEST with ".errors" before its ending."""
+    model: str = ""
+    """For openai with log-probabilities: a folder with the tokenizer. Default "": the run's model."""
 
     @property
     def needs_prompts(self) -> bool:
@@ -277,7 +279,7 @@ def _export_openai(
         errors = str(destination.with_name(f"{destination.stem}.errors{destination.suffix or '.jsonl'}"))
     with _whole(errors, overwrite) as error_out:
         try:
-            counts = write_openai(file, reader, run, out, error_out)
+            counts = write_openai(file, reader, run, out, error_out, model=options.model)
         except OSError as error:
             raise DataError(f"cannot read {file.path}", found=str(error)) from error
     return ExportSummary(*shown, counts.responses, file.complete, errors, counts.errors)

@@ -19,12 +19,14 @@ from hpcinfer.data.convert.driver import reject_path
 from hpcinfer.data.convert.openai import META
 from hpcinfer.data.convert.openai_body import CHAT_URL, COMPLETIONS_URL, INVALID
 from hpcinfer.data.export_inputs import InputColumns
+from hpcinfer.data.export_logprobs import LogprobWriter
 from hpcinfer.data.export_tables import json_line
 from hpcinfer.data.generations import GenerationFile
 from hpcinfer.data.hdf5 import open_input
 from hpcinfer.data.ledger.run_directory import RunDirectory
 from hpcinfer.data.prompts import schema
 from hpcinfer.data.prompts.reader import PromptsReader
+from hpcinfer.data.tokenize import Tokenizer
 from hpcinfer.errors import DataError
 from hpcinfer.request import Generation, Status
 
@@ -41,7 +43,7 @@ class OpenAiCounts:
 
 
 def write_openai(
-    file: GenerationFile, reader: PromptsReader, run: RunDirectory | None, out: BinaryIO, errors: BinaryIO
+    file: GenerationFile, reader: PromptsReader, run: RunDirectory | None, out: BinaryIO, errors: BinaryIO, *, model: str = ""
 ) -> OpenAiCounts:
     """Writes both files.
 
@@ -49,11 +51,13 @@ def write_openai(
         file: the generations, complete or not.
         reader: the prompts that were run, converted with `--format openai` (or any: rows without a name are "row-N").
         run: where known: its number of samples, its model and its time of creation.
+        model: a folder with the tokenizer, for log-probabilities; by default that of the run.
     Raises:
+        CheckpointError: there are log-probabilities, and no tokenizer in the folder.
         DataError: a reject file that belongs to the prompts is not there or not whole.
     """
     counts = OpenAiCounts()
-    layout = _Layout(file.run_uuid, run)
+    layout = _Layout(file.run_uuid, run, model)
     has_meta = META in reader.meta_names()
     inputs = InputColumns(reader, meta=(META,) if has_meta else ())
     groups = _groups(file)
@@ -99,8 +103,10 @@ def _groups(file: GenerationFile) -> Iterator[tuple[int, list[Generation]]]:
 class _Layout:
     """Lines of both files."""
 
-    def __init__(self, run_uuid: str, run: RunDirectory | None) -> None:
+    def __init__(self, run_uuid: str, run: RunDirectory | None, model: str) -> None:
         self._run_uuid = run_uuid
+        self._folder = model or ("" if run is None else str(run.identity.notes.get("model", "")))
+        self._logprobs: LogprobWriter | None = None
         self._num_samples = None if run is None else run.num_samples
         self._created = 0
         self._model = ""
@@ -132,28 +138,29 @@ class _Layout:
             "object": "chat.completion" if chat else "text_completion",
             "created": self._created,
             "model": line.get("model") or self._model,
-            "choices": [_chat_choice(one) if chat else _choice(one) for one in samples],
+            "choices": [self._choice(one, chat) for one in samples],
             "usage": {"prompt_tokens": num_prompt, "completion_tokens": num_output, "total_tokens": num_prompt + num_output},
             "system_fingerprint": None,
         }
         response = {"status_code": 200, "request_id": self._id("req_", place), "body": body}
         return {"id": self._id("batch_req_", place), "custom_id": custom_id, "response": response, "error": None}
 
+    def _choice(self, generation: Generation, chat: bool) -> dict[str, Any]:
+        logprobs = None
+        if getattr(generation, "logprobs", None) is not None:
+            if self._logprobs is None:
+                self._logprobs = LogprobWriter(Tokenizer(self._folder))
+            logprobs = self._logprobs.chat(generation) if chat else self._logprobs.completion(generation)
+        answer = {"text": generation.text}
+        if chat:
+            answer = {"message": {"role": "assistant", "content": generation.text, "refusal": None}}
+        reason = generation.finish_reason.name.lower()
+        return {"index": generation.sample, **answer, "logprobs": logprobs, "finish_reason": reason}
+
     def error(self, place: str, custom_id: str | None, code: str, message: str) -> dict[str, Any]:
         """A line of the error file."""
         error = {"code": code, "message": message}
         return {"id": self._id("batch_req_", place), "custom_id": custom_id, "response": None, "error": error}
-
-
-def _chat_choice(generation: Generation) -> dict[str, Any]:
-    message = {"role": "assistant", "content": generation.text, "refusal": None}
-    reason = generation.finish_reason.name.lower()
-    return {"index": generation.sample, "message": message, "logprobs": None, "finish_reason": reason}
-
-
-def _choice(generation: Generation) -> dict[str, Any]:
-    reason = generation.finish_reason.name.lower()
-    return {"index": generation.sample, "text": generation.text, "logprobs": None, "finish_reason": reason}
 
 
 def _rejects(paths: Sequence[str]) -> Iterator[dict[str, Any]]:

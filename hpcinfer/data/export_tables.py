@@ -56,7 +56,7 @@ def write_parquet(out: BinaryIO, entries: Iterator[Entry], names: list[str]) -> 
         import pyarrow.parquet
     except ImportError as error:
         raise DataError("Parquet needs pyarrow", found=str(error), fix="pip install 'hpcinfer[tables]'") from error
-    types = {"uint64": pyarrow.uint64(), "uint16": pyarrow.uint16(), "int32": pyarrow.int32(), "list<int32>": pyarrow.list_(pyarrow.int32())}
+    types = {name: getattr(pyarrow, name)() for name in ("uint64", "uint16", "int32")} | {"list<int32>": pyarrow.list_(pyarrow.int32())}
     schema = pyarrow.schema([(name, types[_TYPES[name]] if name in _TYPES else pyarrow.string()) for name in names])
     num_rows = 0
     with pyarrow.parquet.ParquetWriter(out, schema, compression="zstd") as writer:

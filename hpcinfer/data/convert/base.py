@@ -30,6 +30,10 @@ class ConvertOptions:
     chat_column: str = ""
     """Column with chat messages, [{"role": ..., "content": ...}, ...]: the prompt is what the chat template of `model` makes of
     them. Default "": none."""
+    as_chat: bool = False
+    """The prompt, a column's or a template's, is what a user says: it is rendered by the chat template of `model`. Default false."""
+    system_prompt: str = ""
+    """With `as_chat`: what the system says before. Default "": nothing."""
     chat_template_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """More variables for the chat template, such as {"enable_thinking": false}. Default none."""
     model: str = ""
@@ -96,6 +100,14 @@ class Converter(abc.ABC):
     @abc.abstractmethod
     def records(self, source: str) -> Iterator[Record | Reject]:
         """Yields what is in the source, in order. Raises DataError when it cannot be read at all."""
+
+
+def refuse_prompt_options(options: ConvertOptions, format: str) -> None:
+    """For formats whose rows are prompts already. Raises UsageError where options say how to make some."""
+    for name in ("prompt_template", "chat_column", "as_chat"):
+        if getattr(options, name):
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag} has no meaning for the format {format}", fix="its rows are prompts; leave it out")
 
 
 CONVERTERS: dict[str, type[Converter]] = {}

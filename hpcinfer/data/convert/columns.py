@@ -43,11 +43,15 @@ class ColumnMapper:
     def __init__(self, options: ConvertOptions, *, all_text: bool = False) -> None:
         self.options = options
         self._all_text = all_text
-        if options.chat_column and options.prompt_template:
-            raise UsageError("both a chat column and a prompt template", fix="give one of --chat-column and --prompt-template")
+        if options.chat_column and (options.prompt_template or options.as_chat):
+            raise UsageError(
+                "both a chat column and a prompt of text", fix="give --chat-column alone, or --as-chat with --prompt-template or a column"
+            )
+        if options.system_prompt and not options.as_chat:
+            raise UsageError("a system prompt belongs to a chat", fix="give --as-chat with it; chat messages have their own")
         self._template = PromptTemplate(options.prompt_template) if options.prompt_template else None
         self._chat = None
-        if options.chat_column:
+        if options.chat_column or options.as_chat:
             if not options.model:
                 raise UsageError("chat messages need the model's chat template", fix="give --model FOLDER")
             self._chat = ChatTemplate(options.model)
@@ -68,7 +72,7 @@ class ColumnMapper:
     def _prompt_columns(self) -> frozenset[str]:
         if self._template is not None:
             return self._template.columns
-        if self._chat is not None:
+        if self.options.chat_column:
             return frozenset((self.options.chat_column, *CHAT_COLUMNS))
         return frozenset((self.options.prompt_column,))
 
@@ -96,19 +100,30 @@ class ColumnMapper:
         return value is not None and not (self._all_text and value == "")
 
     def _prompt(self, values: Mapping[str, Any]) -> str | list[int]:
-        if self._template is not None:
-            return self._template.render(values)
-        name = self.options.chat_column if self._chat is not None else self.options.prompt_column
-        prompt = values.get(name)
-        if prompt is None:
-            raise DataError(f"no column {name!r}; the line has {schema.shorten(sorted(values))}")
-        if self._chat is not None:
-            return self._rendered(prompt, values)
+        if self.options.chat_column:
+            return self._rendered(self._value(self.options.chat_column, values), values)
+        prompt = self._template.render(values) if self._template is not None else self._value(self.options.prompt_column, values)
+        if self.options.as_chat:
+            return self._as_chat(prompt)
         if isinstance(prompt, list):
             check_token_ids(prompt)
         elif not isinstance(prompt, str):
             raise DataError(f"the prompt is neither text nor a list of token ids: {schema.shorten(prompt)}")
         return prompt
+
+    def _value(self, name: str, values: Mapping[str, Any]) -> Any:
+        value = values.get(name)
+        if value is None:
+            raise DataError(f"no column {name!r}; the line has {schema.shorten(sorted(values))}")
+        return value
+
+    def _as_chat(self, prompt: Any) -> str:
+        if not isinstance(prompt, str):
+            raise DataError(f"the prompt is no text that could be a chat message: {schema.shorten(prompt)}")
+        if not prompt:
+            raise DataError("the prompt is empty")
+        messages = [{"role": "system", "content": self.options.system_prompt}] if self.options.system_prompt else []
+        return self._chat.render([*messages, {"role": "user", "content": prompt}], **self.options.chat_template_args)
 
     def _rendered(self, messages: Any, values: Mapping[str, Any]) -> str:
         given = {name: values[name] for name in CHAT_COLUMNS if self._is_given(values.get(name))}

@@ -224,7 +224,10 @@ def _check_counts(summary: ConvertSummary, max_rejected: Callable[[int], int] | 
 
 
 class _RejectFile:
-    """JSON Lines {source, line or row, reason, raw}, with id and code where there are any; there when a conversion with rejects ends, well or not."""
+    """JSON Lines {source, line or row, reason, raw}, with id and code where there are any.
+
+    There when a conversion with rejects ends, well or not.
+    """
 
     def __init__(
         self, path: str, summary: ConvertSummary, show: int, on_reject: Callable[[str], None] | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -60,10 +61,16 @@ class JsonLines(Converter):
 
 @register
 class PlainText(Converter):
-    """One prompt a line, as it stands; an empty line is no prompt and is rejected, so that no line goes unexplained."""
+    """One prompt a line, as it stands: a table of one column, named as `prompt_column`. An empty line is no prompt and is rejected,
+    so that no line goes unexplained.
+    """
 
     name = "text"
     suffixes = (".txt", ".text")
+
+    def __init__(self, options: ConvertOptions) -> None:
+        super().__init__(options)
+        self._mapper = ColumnMapper(dataclasses.replace(options, id_column=""))
 
     def records(self, source: str) -> Iterator[Record | Reject]:
         """Yields a Record or a Reject a line."""
@@ -71,7 +78,12 @@ class PlainText(Converter):
             if line is None:
                 yield Reject(number, f"the line is longer than {self.options.max_line_bytes} bytes")
                 continue
+            raw = raw_text(line)
             try:
-                yield Record(number, line.decode(), raw=raw_text(line))
+                if not line:
+                    raise DataError("the prompt is empty")
+                yield self._mapper.record(number, {self.options.prompt_column: line.decode()}, raw)
             except UnicodeDecodeError as error:
-                yield Reject(number, f"not valid UTF-8: byte {line[error.start]:#04x} at {error.start}", raw_text(line))
+                yield Reject(number, f"not valid UTF-8: byte {line[error.start]:#04x} at {error.start}", raw)
+            except (DataError, ConfigError) as error:
+                yield Reject(number, schema.one_line(error), raw)

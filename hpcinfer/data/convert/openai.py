@@ -11,7 +11,7 @@ from typing import Any
 
 from hpcinfer.data.chat_template import ChatTemplate
 from hpcinfer.data.convert import openai_body as api
-from hpcinfer.data.convert.base import Converter, ConvertOptions, Record, Reject, register
+from hpcinfer.data.convert.base import Converter, ConvertOptions, Record, Reject, refuse_prompt_options, register
 from hpcinfer.data.convert.columns import check_token_ids, raw_text
 from hpcinfer.data.convert.lines import decode_object
 from hpcinfer.data.convert.openai_body import Refused
@@ -37,6 +37,7 @@ class OpenAiBatch(Converter):
 
     def __init__(self, options: ConvertOptions) -> None:
         super().__init__(options)
+        refuse_prompt_options(options, self.name)
         self._chat: ChatTemplate | None = None
         self._seen: set[bytes] = set()
         names = options.served_model_names

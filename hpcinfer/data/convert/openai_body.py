@@ -27,8 +27,8 @@ _WITHOUT_EFFECT = frozenset((
 _TEMPLATE = frozenset(("tools", "documents", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"))
 _CHAT_ONLY = _TEMPLATE | {"tool_choice", "reasoning_effort", "max_completion_tokens", "top_logprobs", "response_format"}
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "stream": (False,), "echo": (False,), "suffix": ("",), "best_of": (1,), "logprobs": (False,), "top_logprobs": (0,),
-    "stop": ([],), "stop_token_ids": ([],), "bad_words": ([],), "logit_bias": ({},), "presence_penalty": (0,),
+    "stream": (False,), "echo": (False,), "suffix": ("",), "best_of": (1,), "stop": ([],), "stop_token_ids": ([],), "bad_words": ([],),
+    "logit_bias": ({},), "presence_penalty": (0,),
     "frequency_penalty": (0,), "repetition_penalty": (1,), "length_penalty": (1,), "min_tokens": (0,), "ignore_eos": (False,),
     "use_beam_search": (False,), "include_stop_str_in_output": (False,), "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,), "response_format": ({"type": "text"},), "modalities": (["text"],),
@@ -57,7 +57,7 @@ def sampling_of(body: Mapping[str, Any], *, chat: bool, num_samples: int) -> dic
     """
     given: dict[str, Any] = {}
     for name, value in body.items():
-        if value is None or name in _WITHOUT_EFFECT or (chat and name in _CHAT_ONLY - {"top_logprobs", "response_format"}):
+        if value is None or name in _WITHOUT_EFFECT or name == "logprobs" or (chat and name in _CHAT_ONLY - {"response_format"}):
             continue
         if not chat and name in _CHAT_ONLY:
             raise Refused(UNSUPPORTED, f"body.{name} is not a parameter of {COMPLETIONS_URL}")
@@ -78,14 +78,29 @@ def sampling_of(body: Mapping[str, Any], *, chat: bool, num_samples: int) -> dic
         if given.get("max_tokens", most) != most:
             raise Refused(INVALID, f"body.max_tokens is {given['max_tokens']}, body.max_completion_tokens is {schema.shorten(most)}")
         given["max_tokens"] = most
+    given |= _logprobs(body, chat)
     try:
         return schema.checked_overrides(given)
     except ConfigError as error:
         raise Refused(INVALID, schema.one_line(error)) from error
 
 
-_OWN_MEANING = frozenset(("logprobs", "prompt_logprobs", "top_logprobs"))
-"""Names that OpenAI's API and SamplingParams use for different things."""
+def _logprobs(body: Mapping[str, Any], chat: bool) -> dict[str, Any]:
+    """How many of the most likely tokens to tell: a chat says whether and how many apart, a completion in one number."""
+    asked, most = body.get("logprobs"), body.get("top_logprobs") if chat else None
+    if asked is None or (chat and asked is False):
+        if most:
+            raise Refused(INVALID, f"body.top_logprobs is {schema.shorten(most)} without body.logprobs")
+        return {}
+    if "logprobs" not in schema.SAMPLING_COLUMNS:
+        raise Refused(UNSUPPORTED, f"body.logprobs = {schema.shorten(asked)} is not supported")
+    if chat and asked is not True:
+        raise Refused(INVALID, f"body.logprobs is {schema.shorten(asked)}, neither true nor false")
+    return {"logprobs": (most or 0) if chat else asked}
+
+
+_OWN_MEANING = frozenset(("prompt_logprobs",))
+"""Fields of SamplingParams whose values have no place in the API's answers."""
 
 
 def template_arguments(body: Mapping[str, Any]) -> dict[str, Any]:

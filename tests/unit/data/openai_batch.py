@@ -46,7 +46,9 @@ GOOD: list[Callable[[], dict[str, Any]]] = [
     chat,
     lambda: chat(temperature=0.7, top_p=0.9, seed=3, max_tokens=3, user="u", metadata={"a": "b"}),
     lambda: chat(max_completion_tokens=2, n=1, stream=False, presence_penalty=0, logprobs=False, response_format={"type": "text"}),
-    lambda: chat(messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "ü 🙂 \u2028"}], frequency_penalty=0.0),
+    lambda: chat(
+        messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "ü 🙂 \u2028"}], frequency_penalty=0.0
+    ),
     completion,
     lambda: completion(prompt=["sort 3 1:"], max_tokens=4, best_of=1, echo=False, suffix=""),
     lambda: completion(prompt=[49, 43, 50, 61], temperature=1, logit_bias={}),

@@ -25,6 +25,7 @@ pq = pytest.importorskip("pyarrow.parquet")
 
 LONG = 100_000_000
 FORMATS = {"jsonl": "in.jsonl", "csv": "in.csv", "text": "in.txt", "openai": "batch.jsonl", "parquet": "in.parquet", "hdf5": "in.h5"}
+NAN = b', "temperature": NaN'
 GOOD = ["good 0", "good 1", "good 2"]
 
 
@@ -105,7 +106,7 @@ def plant(kind, fault, path):
     else:
         bad = {
             "wrong type": {"jsonl": jsonl_line(b"7"), "openai": openai_line(b"7"), "csv": b"one field", "text": b""},
-            "NaN": {"jsonl": jsonl_line(more=b', "temperature": NaN'), "openai": openai_line(more=b', "temperature": NaN'), "csv": b"x,NaN"},
+            "NaN": {"jsonl": jsonl_line(more=NAN), "openai": openai_line(more=NAN), "csv": b"x,NaN"},
             "invalid UTF-8": {"jsonl": jsonl_line(b'"\xff"'), "openai": openai_line(b'"\xff"'), "csv": b"\xff,1", "text": b"\xff"},
             "100 MB": dict.fromkeys(FORMATS, b"x" * LONG),
         }[fault][kind]
@@ -128,7 +129,8 @@ def good_ones(path):
 
 ISOLATED = [
     # 100 MB take a second each; for JSON Lines tests/unit/data/test_convert.py has them every time.
-    pytest.param(kind, fault, marks=[pytest.mark.full] if fault == "100 MB" else []) for kind in FORMATS for fault in ("wrong type", "NaN", "invalid UTF-8", "100 MB", "offsets")
+    pytest.param(kind, fault, marks=[pytest.mark.full] if fault == "100 MB" else [])
+    for kind in FORMATS for fault in ("wrong type", "NaN", "invalid UTF-8", "100 MB", "offsets")
     if not (kind == "text" and fault == "NaN") and not (kind != "hdf5" and fault == "offsets")
 ]  # fmt: skip
 

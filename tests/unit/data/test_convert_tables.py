@@ -194,6 +194,14 @@ def test_prompt_templates(tmp_path):
             run(tmp_path / "in.jsonl", prompt_template=bad)
 
 
+def test_options_without_meaning_are_refused(tmp_path):
+    with h5py.File(tmp_path / "in.h5", "w") as file:
+        file.create_dataset("text", data=[b"a"], dtype=h5py.string_dtype())
+    for name, settings in (("in.h5", {"prompt_template": "{text}"}), ("in.h5", {"as_chat": True}), ("in.h5", {"chat_column": "text"})):
+        with pytest.raises(UsageError, match="no meaning"):
+            run(tmp_path / name, **settings)
+
+
 def test_a_prompt_template_reaches_no_attribute(tmp_path):
     (tmp_path / "in.jsonl").write_text('{"text": "a"}\n{"text.__class__": "a column"}\n')
     rows, _, rejects = run(tmp_path / "in.jsonl", prompt_template="{text.__class__}")
@@ -232,6 +240,29 @@ def test_chats_become_token_ids_with_their_special_tokens_once(tmp_path, model):
     ends = "<start_of_turn>model\ny"
     assert rows[1].token_ids.tolist()[-len(ends) :] == plain.encode(ends).tolist()
     assert ids == ["a", None] and [entry["line"] for entry in rejects] == [2, 3, 4, 5]
+
+
+def test_text_as_a_chat(tmp_path, model):
+    lines = [{"prompt": "hi", "n": 2}, {"prompt": [1, 2]}, {"prompt": "", "n": 1}, {"prompt": "[1] {x}", "n": 3}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "in.txt").write_text("hi\n\n[1] {x}\n")
+    plain = Tokenizer(ROOT / "datasets" / "demo-model")
+
+    def ids(*turns):
+        text = "".join(f"<start_of_turn>{role}\n{content}<end_of_turn>\n" for role, content in turns)
+        return plain.encode(f"<bos>{text}<start_of_turn>model\n").tolist()
+
+    for name in ("in.jsonl", "in.txt"):
+        rows, _, rejects = run(tmp_path / name, model=model, as_chat=True)
+        assert [row.token_ids.tolist() for row in rows] == [ids(("user", "hi")), ids(("user", "[1] {x}"))]
+        assert len(rejects) == (2 if name == "in.jsonl" else 1)
+    settings = {"model": model, "as_chat": True, "prompt_template": "{n}: {prompt}", "system_prompt": "Be {brief}."}
+    rows, _, _ = run(tmp_path / "in.jsonl", **settings)
+    assert rows[0].token_ids.tolist() == ids(("system", "Be {brief}."), ("user", "2: hi"))
+    assert texts(run(tmp_path / "in.txt", prompt_template="Q: {prompt}")[0]) == ["Q: hi", "Q: [1] {x}"]
+    for wrong in ({"as_chat": True}, {"system_prompt": "x"}, {"model": model, "as_chat": True, "chat_column": "m"}):
+        with pytest.raises(UsageError):
+            run(tmp_path / "in.jsonl", **wrong)
 
 
 def test_chats_in_tables(tmp_path, model):

@@ -12,15 +12,17 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcinfer.data.convert import openai_body
 from hpcinfer.data.convert.base import ConvertOptions
 from hpcinfer.data.convert.driver import convert
 from hpcinfer.data.export import ExportOptions, export
+from hpcinfer.data.export_logprobs import LogprobWriter
 from hpcinfer.data.generations import encode_generations
 from hpcinfer.data.prompts.reader import open_prompts
+from hpcinfer.data.tokenize import Tokenizer
 from hpcinfer.errors import DataError, HpcinferError, UsageError
 from hpcinfer.request import FinishReason, Generation, Status
 from tests.conftest import ROOT
@@ -177,6 +179,48 @@ def test_parameters_are_known_by_the_names_of_sampling(name, value, is_text):
         assert caught.value.code == openai_body.UNSUPPORTED
 
 
+def test_log_probabilities_are_asked_for_in_two_ways(monkeypatch):
+    from hpcinfer.data.prompts import schema
+
+    for line, is_chat, wanted in (
+        (chat(logprobs=True), True, 0), (chat(logprobs=True, top_logprobs=3), True, 3), (completion(logprobs=2), False, 2),
+    ):  # fmt: skip
+        monkeypatch.delitem(schema.SAMPLING_COLUMNS, "logprobs", raising=False)
+        with pytest.raises(openai_body.Refused, match="not supported"):
+            openai_body.sampling_of(line["body"], chat=is_chat, num_samples=1)
+        monkeypatch.setitem(schema.SAMPLING_COLUMNS, "logprobs", schema.SamplingColumn("logprobs", "i8", -(2**63)))
+        monkeypatch.setattr(schema, "checked_overrides", lambda values: values)
+        assert openai_body.sampling_of(line["body"], chat=is_chat, num_samples=1) == {"logprobs": wanted}
+    for body in (chat(top_logprobs=3), chat(logprobs=5)):
+        with pytest.raises(openai_body.Refused) as caught:
+            openai_body.sampling_of(body["body"], chat=True, num_samples=1)
+        assert caught.value.code == openai_body.INVALID
+    assert openai_body.sampling_of(chat(logprobs=False, top_logprobs=0)["body"], chat=True, num_samples=1) == {}
+
+
+def test_log_probabilities_in_both_forms():
+    from types import SimpleNamespace
+
+    found = SimpleNamespace(
+        chosen=np.array([-0.5, -np.inf, -1.0], np.float32), top_ids=np.array([[97, 98], [195, -1], [258, 97]], np.int32),
+        top=np.array([[-0.5, -2.0], [-0.25, np.nan], [-1.0, -3.0]], np.float32),
+    )  # fmt: skip
+    one = SimpleNamespace(token_ids=np.array([97, 195, 258], np.int32), logprobs=found, finish_reason=FinishReason.STOP)
+    writer = LogprobWriter(Tokenizer(DEMO))
+    content = writer.chat(one)["content"]
+    assert content[0] == {
+        "token": "a", "bytes": [97], "logprob": -0.5,
+        "top_logprobs": [{"token": "a", "bytes": [97], "logprob": -0.5}, {"token": "b", "bytes": [98], "logprob": -2.0}],
+    }  # fmt: skip
+    # Half a character, without a probability; the end of sequence is no part of the answer.
+    assert len(content) == 2 and content[1]["bytes"] is None and content[1]["logprob"] == -9999.0
+    assert writer.completion(one) == {
+        "tokens": ["a", "\ufffd"], "token_logprobs": [-0.5, -9999.0], "top_logprobs": [{"a": -0.5, "b": -2.0}, {"\ufffd": -0.25}],
+        "text_offset": [0, 1],
+    }  # fmt: skip
+    json.dumps(writer.chat(one), allow_nan=False)
+
+
 def test_served_models(tmp_path, model):
     lines = [completion(model=name) | {"custom_id": name} for name in ("a", MODEL, model, f"{model}/")]
     for settings, accepted in (
@@ -290,6 +334,7 @@ KEYS = st.sampled_from([
 ])  # fmt: skip
 
 
+@settings(max_examples=40)
 @given(
     bodies=st.lists(st.tuples(st.booleans(), st.dictionaries(KEYS, VALUES, max_size=4)), max_size=5),
     outer=st.dictionaries(st.sampled_from(["custom_id", "method", "url", "body"]), VALUES, max_size=4),
