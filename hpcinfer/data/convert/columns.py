@@ -85,7 +85,7 @@ class ColumnMapper:
         prompt = self._prompt(values)
         given = {name: values[name] for name in self._sampling & values.keys() if self._is_given(values[name])}
         if self._all_text:
-            given = {name: _json_or_text(value) for name, value in given.items()}
+            given = {name: _sampling_of_text(name, value) for name, value in given.items()}
         return Record(
             number,
             prompt,
@@ -163,11 +163,17 @@ def _null_for_nan(value: Any) -> Any:
     return None if isinstance(value, float) and value != value else value
 
 
-def _json_or_text(text: str) -> Any:
+def _sampling_of_text(name: str, text: str) -> Any:
+    """A sampling value from a cell: JSON, or the text where the field may be one and JSON would make something else of it."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError):
         return text
+    column = schema.SAMPLING_COLUMNS[name]
+    if column.dtype != "json":
+        return value
+    # [0-9] and 5 are stop texts and regular expressions as much as JSON.
+    return value if isinstance(value, dict if column.items is None else list) else text
 
 
 def _decoded(text: Any, name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,7 +32,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logit_bias": ({},), "presence_penalty": (0,),
     "frequency_penalty": (0,), "repetition_penalty": (1,), "length_penalty": (1,), "min_tokens": (0,), "ignore_eos": (False,),
     "use_beam_search": (False,), "include_stop_str_in_output": (False,), "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,), "response_format": ({"type": "text"},), "modalities": (["text"],),
+    "spaces_between_special_tokens": (True,), "modalities": (["text"],),
     "function_call": ("none",), "functions": ([],),
 }  # fmt: skip
 """Parameter -> the values that ask for nothing beyond what happens anyway."""
@@ -57,7 +58,7 @@ def sampling_of(body: Mapping[str, Any], *, chat: bool, num_samples: int) -> dic
     """
     given: dict[str, Any] = {}
     for name, value in body.items():
-        if value is None or name in _WITHOUT_EFFECT or name == "logprobs" or (chat and name in _CHAT_ONLY - {"response_format"}):
+        if value is None or name in _WITHOUT_EFFECT or name in _APART or (chat and name in _CHAT_ONLY):
             continue
         if not chat and name in _CHAT_ONLY:
             raise Refused(UNSUPPORTED, f"body.{name} is not a parameter of {COMPLETIONS_URL}")
@@ -78,7 +79,7 @@ def sampling_of(body: Mapping[str, Any], *, chat: bool, num_samples: int) -> dic
         if given.get("max_tokens", most) != most:
             raise Refused(INVALID, f"body.max_tokens is {given['max_tokens']}, body.max_completion_tokens is {schema.shorten(most)}")
         given["max_tokens"] = most
-    given |= _logprobs(body, chat)
+    given |= _logprobs(body, chat) | _structured(body)
     try:
         return schema.checked_overrides(given)
     except ConfigError as error:
@@ -97,6 +98,36 @@ def _logprobs(body: Mapping[str, Any], chat: bool) -> dict[str, Any]:
     if chat and asked is not True:
         raise Refused(INVALID, f"body.logprobs is {schema.shorten(asked)}, neither true nor false")
     return {"logprobs": (most or 0) if chat else asked}
+
+
+_APART = frozenset(("logprobs", "structured_outputs"))
+
+
+def _structured(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What the answer must look like, as fields of SamplingParams: `response_format` of OpenAI, `structured_outputs` of vLLM."""
+    given: dict[str, Any] = {}
+    form = body.get("response_format")
+    kind = form.get("type") if isinstance(form, dict) else None
+    if kind == "json_schema":
+        inner = form.get("json_schema")
+        wanted = inner.get("schema") if isinstance(inner, dict) else None
+        if not isinstance(wanted, dict):
+            raise Refused(INVALID, f"body.response_format.json_schema.schema is not an object: {schema.shorten(wanted)}")
+        given["structured_json"] = json.dumps(wanted)
+    elif kind == "json_object":
+        given["structured_json"] = json.dumps({"type": "object"})
+    elif form is not None and kind != "text":
+        raise Refused(UNSUPPORTED, f"body.response_format = {schema.shorten(form)} is not supported")
+    more = body.get("structured_outputs")
+    if more is not None and not isinstance(more, dict):
+        raise Refused(INVALID, f"body.structured_outputs is not an object: {schema.shorten(more)}")
+    for name, value in (more or {}).items():
+        if value is not None:
+            given[f"structured_{name}"] = json.dumps(value) if name == "json" and isinstance(value, dict) else value
+    for name in given:
+        if name not in schema.SAMPLING_COLUMNS:
+            raise Refused(UNSUPPORTED, f"the answer is to be of a given form ({name}), which is not supported")
+    return given
 
 
 _OWN_MEANING = frozenset(("prompt_logprobs",))

@@ -26,6 +26,7 @@ def test_overrides_reach_any_key(tmp_path):
     job = load_job(path, ["parallel.tp=2", "model.path=other folder", "sampling.temperature=1", "sampling.stop_token_ids=[3, 4]"])
     assert (job.parallel.tp, job.model.path, job.sampling.temperature) == (2, "other folder", 1.0)
     assert job.sampling.stop_token_ids == (3, 4)
+    assert load_job(path, ["data.output=1\nx = '2'"]).data.output == "1\nx = '2'"
 
 
 @pytest.mark.parametrize(

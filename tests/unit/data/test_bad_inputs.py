@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import os
@@ -19,6 +20,7 @@ from hpcinfer.data.convert.base import CONVERTERS
 from hpcinfer.data.prompts.prompts_writer import PromptsWriter
 from hpcinfer.data.prompts.reader import open_prompts
 from hpcinfer.errors import HpcinferError
+from tests.conftest import ROOT
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -274,6 +276,18 @@ def test_names_with_quotes_spaces_and_newlines(tmp_path, capsys):
         destination = folder / "out 'put\"\n[0].h5"
         assert converted(kind, source, destination, capsys)[0] == 0
         assert good_ones(destination) == GOOD
+
+
+def test_no_reader_can_run_what_it_reads():
+    """What turns data into code or into objects of any kind is not even imported by what reads users' files."""
+    forbidden = {"pickle", "marshal", "shelve", "dill", "yaml", "subprocess", "eval", "exec", "__import__", "allow_pickle"}
+    for folder in ("data", "config"):
+        for path in (ROOT / "hpcinfer" / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+                names += [node.id] if isinstance(node, ast.Name) else []
+                names += [node.arg or ""] if isinstance(node, ast.keyword) else []
+                assert not forbidden & {part for name in names for part in name.split(".")}, path
 
 
 def test_the_table_has_every_format():

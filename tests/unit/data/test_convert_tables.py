@@ -19,6 +19,7 @@ from hpcinfer.data.convert import order as order_module
 from hpcinfer.data.convert.base import ConvertOptions, Record
 from hpcinfer.data.convert.driver import convert
 from hpcinfer.data.convert.order import Sorter
+from hpcinfer.data.prompts import schema
 from hpcinfer.data.prompts.reader import open_prompts
 from hpcinfer.data.tokenize import Tokenizer
 from hpcinfer.errors import CheckpointError, DataError, HpcinferError, UsageError
@@ -73,6 +74,20 @@ def test_csv(tmp_path):
     assert [(entry["line"], "3 fields" in entry["reason"]) for entry in rejects] == [(6, True), (7, False)]
     assert "temperature" in rejects[1]["reason"]
     assert meta_of(tmp_path / "out.h5", "note") == ["x", "", 'a "note"']
+
+
+def test_cells_of_sampling_columns(monkeypatch):
+    from hpcinfer.data.convert.columns import _sampling_of_text
+
+    columns = schema.SAMPLING_COLUMNS
+    for name, items in (("stop", str), ("logit_bias", None), ("structured_regex", None)):
+        monkeypatch.setitem(columns, name, schema.SamplingColumn(name, "json", None, items))
+    for name, text, value in (
+        ("seed", "5", 5), ("ignore_eos", "true", True), ("temperature", "hot", "hot"), ("stop", "5", "5"), ("stop", "[0-9]", "[0-9]"),
+        ("stop", '["a", "b"]', ["a", "b"]), ("structured_regex", "[1]", "[1]"), ("structured_regex", "a+", "a+"),
+        ("logit_bias", '{"5": 1}', {"5": 1}), ("stop_token_ids", "[1, 2]", [1, 2]),
+    ):  # fmt: skip
+        assert _sampling_of_text(name, text) == value
 
 
 def test_csv_with_other_delimiters(tmp_path):

@@ -95,25 +95,26 @@ def check_error(entry):
 def test_a_batch_of_a_thousand_lines(tmp_path, model):
     """Through the command line, from the file to both files."""
     content, expected = make_batch(1000)
-    (tmp_path / "batch.jsonl").write_bytes(content)
+    batch, prompts, run, out = (f"{name} 'of' \"all\"\n[1] ü" for name in ("batch", "p", "run", "out"))
+    (tmp_path / batch).write_bytes(content)
     assert {code for _, code in expected} >= {
         RESPONSE, ROW_FAILED, openai_body.INVALID_JSON, openai_body.MISSING, openai_body.INVALID, openai_body.MODEL,
         openai_body.UNSUPPORTED, openai_body.DUPLICATE,
     }  # fmt: skip
     job = ["jobs/demo.toml", *(word for setting in (
-        f"model.path={model}", "data.prompts=p.h5", "data.output=run", "parallel.tp=1", "sampling.max_tokens=8",
+        f"model.path={model}", f"data.prompts={prompts}", f"data.output={run}", "parallel.tp=1", "sampling.max_tokens=8",
     ) for word in ("--set", setting))]  # fmt: skip
     job[0] = str(ROOT / job[0])
     for command in (
-        ["convert", "batch.jsonl", "p.h5", "--format", "openai", "--model", model], ["run", *job],
-        ["export", "run", "out.jsonl", "--format", "openai"],
+        ["convert", batch, prompts, "--format", "openai", "--model", model], ["run", *job], ["status", run], ["inspect", run],
+        ["export", run, f"{out}.jsonl", "--format", "openai"],
     ):  # fmt: skip
         result = subprocess.run(
             [sys.executable, "-m", "hpcinfer", *command], cwd=tmp_path, env=rank_env() | {"PYTHONPATH": str(ROOT)}, capture_output=True,
             text=True, timeout=250, check=False,
         )  # fmt: skip
         assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
-    responses, errors = entries(tmp_path / "out.jsonl"), entries(tmp_path / "out.errors.jsonl")
+    responses, errors = entries(tmp_path / f"{out}.jsonl"), entries(tmp_path / f"{out}.errors.jsonl")
     asked = {}
     for line in content.splitlines():
         try:
@@ -134,8 +135,8 @@ def test_a_batch_of_a_thousand_lines(tmp_path, model):
     ids = [entry["id"] for entry in responses + errors]
     assert len(set(ids)) == len(ids)
     # The same bytes again, and a limit that a line gave itself was kept.
-    export(tmp_path / "run", tmp_path / "again.jsonl", ExportOptions(format="openai", prompts=str(tmp_path / "p.h5")))
-    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()
+    export(tmp_path / run, tmp_path / "again.jsonl", ExportOptions(format="openai", prompts=str(tmp_path / prompts)))
+    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / f"{out}.jsonl").read_bytes()
     used = {entry["response"]["body"]["usage"]["completion_tokens"] for entry in responses}
     assert max(used) == 8 and 2 in used
 
@@ -177,6 +178,38 @@ def test_parameters_are_known_by_the_names_of_sampling(name, value, is_text):
         with pytest.raises(openai_body.Refused, match=name) as caught:
             openai_body.sampling_of(body, chat=True, num_samples=1)
         assert caught.value.code == openai_body.UNSUPPORTED
+
+
+def test_forms_of_answers(monkeypatch):
+    from hpcinfer.data.prompts import schema
+
+    wanted = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    cases = [
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": wanted}}},
+            {"structured_json": json.dumps(wanted)},
+        ),
+        ({"response_format": {"type": "json_object"}}, {"structured_json": '{"type": "object"}'}),
+        ({"structured_outputs": {"regex": "a+", "json": None}}, {"structured_regex": "a+"}),
+        ({"structured_outputs": {"json": wanted}}, {"structured_json": json.dumps(wanted)}),
+    ]
+    for name in [name for name in schema.SAMPLING_COLUMNS if name.startswith("structured_")]:
+        monkeypatch.delitem(schema.SAMPLING_COLUMNS, name)
+    for body, _ in cases:
+        with pytest.raises(openai_body.Refused, match="not supported"):
+            openai_body.sampling_of(chat(**body)["body"], chat=True, num_samples=1)
+    for name in ("structured_json", "structured_regex"):
+        monkeypatch.setitem(schema.SAMPLING_COLUMNS, name, schema.SamplingColumn(name, "json", None))
+    monkeypatch.setattr(schema, "checked_overrides", lambda values: values)
+    for body, given_values in cases:
+        assert openai_body.sampling_of(chat(**body)["body"], chat=True, num_samples=1) == given_values
+    for body in (
+        {"response_format": "json"}, {"response_format": {"type": "xml"}}, {"response_format": {"type": "json_schema"}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": 3}}}, {"structured_outputs": []},
+        {"structured_outputs": {"xml": "x"}},
+    ):  # fmt: skip
+        with pytest.raises(openai_body.Refused):
+            openai_body.sampling_of(chat(**body)["body"], chat=True, num_samples=1)
 
 
 def test_log_probabilities_are_asked_for_in_two_ways(monkeypatch):
