@@ -81,23 +81,32 @@ class Tokenizer:
             raise result
         return result
 
-    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[np.ndarray | RowError]:
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray | RowError]:
         """Token ids of each text, int32, in order; a text that cannot be tokenised gives a RowError in its place.
 
-        The library spreads the batch over the cores (RAYON_NUM_THREADS limits it) and releases the GIL. Without
-        `add_special_tokens` the post-processor adds none: chat templates have written them already.
+        The library spreads the batch over the cores (RAYON_NUM_THREADS limits it) and releases the GIL.
         """
         try:
-            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+            encodings = self._tokenizer.encode_batch_fast(list(texts))
             return [np.array(encoding.ids, np.int32) for encoding in encodings]
         except Exception:  # the library raises bare Exception, and does not say which text it was
-            return [self._encode_alone(text, add_special_tokens) for text in texts]
+            return [self._encode_alone(text) for text in texts]
 
-    def _encode_alone(self, text: str, add_special_tokens: bool) -> np.ndarray | RowError:
+    def _encode_alone(self, text: str) -> np.ndarray | RowError:
         try:
-            return np.array(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids, np.int32)
+            return np.array(self._tokenizer.encode(text).ids, np.int32)
         except Exception as error:  # see encode_batch
             return RowError(f"the prompt cannot be tokenised: {error}")
+
+    def encode_rendered(self, texts: Sequence[str]) -> list[np.ndarray | RowError]:
+        """As `encode_batch`, of texts that hold their special tokens already, as chat templates write them: none are added."""
+        try:
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [np.array(encoding.ids, np.int32) for encoding in encodings]
+        except Exception as error:  # see encode_batch
+            if len(texts) == 1:
+                return [RowError(f"the prompt cannot be tokenised: {error}")]
+            return [one for text in texts for one in self.encode_rendered([text])]
 
     def decode(self, token_ids: Sequence[int] | np.ndarray) -> str:
         """The text of some token ids, special tokens left out; ids that the tokenizer does not know are skipped."""

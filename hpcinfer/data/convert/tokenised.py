@@ -26,7 +26,8 @@ def tokenised(items: Iterator[Record | Reject], tokenizer: Tokenizer) -> Iterato
             ]  # fmt: skip
             texts = [batch[i].prompt for i in places]
             if texts:
-                ids.update(zip(places, tokenizer.encode_batch(texts, add_special_tokens=not rendered), strict=True))
+                encode = tokenizer.encode_rendered if rendered else tokenizer.encode_batch
+                ids.update(zip(places, encode(texts), strict=True))
         for i, item in enumerate(batch):
             found = ids.get(i)
             if isinstance(found, RowError):
