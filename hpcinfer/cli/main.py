@@ -36,13 +36,13 @@ class Verb(NamedTuple):
 
 
 VERBS: dict[str, Verb] = {
-    "convert": Verb("hpcinfer.cli.convert", "prompts from JSON Lines, text or foreign HDF5 to a prompts file"),
+    "convert": Verb("hpcinfer.cli.convert", "prompts from JSON Lines, CSV, Parquet, OpenAI batches, text or HDF5 to a prompts file"),
     "run": Verb("hpcinfer.cli.run", "generate for every prompt of a job; go on with a run that was begun"),
     "submit": Verb("hpcinfer.cli.submit", "hand a job to Slurm"),
     "doctor": Verb("hpcinfer.cli.doctor", "look over machine and job before a run: MPI, GPUs, links, files, memory, limits"),
     "status": Verb("hpcinfer.cli.status", "how far a run is"),
     "merge": Verb("hpcinfer.cli.merge", "merge the segments of a run into generations.h5"),
-    "export": Verb("hpcinfer.cli.export", "generations to JSON Lines"),
+    "export": Verb("hpcinfer.cli.export", "generations to JSON Lines, CSV, Parquet or OpenAI's batch output"),
     "inspect": Verb("hpcinfer.cli.inspect", "what is in a file of prompts or generations, or in a run directory"),
     "attention": Verb("hpcinfer.cli.attention", "which attention backend this machine uses for a model, and why not another"),
     "trace": Verb("hpcinfer.cli.trace", "what every rank of a run did when: a table, and a file for Perfetto"),

@@ -84,9 +84,11 @@ def from_tables(kind: type, tables: Mapping[str, Any], what: str) -> Any:
 
 def _toml_value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError, KeyError):
+        tables = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
         return text
+    # A text of several lines may be TOML by chance, as the name of a file.
+    return tables["value"] if len(tables) == 1 else text
 
 
 def _build(kind: type, values: Any, where: str, what: str) -> Any:

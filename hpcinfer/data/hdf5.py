@@ -77,7 +77,9 @@ def read_around_damage(dataset: h5py.Dataset, start: int, stop: int) -> tuple[np
     """
     name = f"{dataset.name} of {dataset.file.filename}"
     try:
-        return dataset[start:stop], []
+        values = dataset[start:stop]
+        _check_not_shrunk(dataset)
+        return values, []
     except READ_ERRORS as error:
         if not is_checksum_error(error) or dataset.chunks is None:
             raise read_error(error, name) from error
@@ -93,6 +95,18 @@ def read_around_damage(dataset: h5py.Dataset, start: int, stop: int) -> tuple[np
                 raise read_error(error, name) from error
             damaged.append((low, high))
     return values, damaged
+
+
+def _check_not_shrunk(dataset: h5py.Dataset) -> None:
+    """HDF5 takes what lies behind the end of a file that was cut short after it was opened for zeros, with valid checksums."""
+    file = dataset.file
+    found = os.fstat(file.id.get_vfd_handle()).st_size
+    if found < file.id.get_filesize():
+        raise DataError(
+            f"{file.filename} was cut short while it was read",
+            found=f"{found} of {file.id.get_filesize()} bytes",
+            fix="never change the prompts of a run that goes on; write them again",
+        )
 
 
 def list_datasets(file: h5py.File) -> list[str]:

@@ -98,6 +98,16 @@ class Tokenizer:
         except Exception as error:  # see encode_batch
             return RowError(f"the prompt cannot be tokenised: {error}")
 
+    def encode_rendered(self, texts: Sequence[str]) -> list[np.ndarray | RowError]:
+        """As `encode_batch`, of texts that hold their special tokens already, as chat templates write them: none are added."""
+        try:
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [np.array(encoding.ids, np.int32) for encoding in encodings]
+        except Exception as error:  # see encode_batch
+            if len(texts) == 1:
+                return [RowError(f"the prompt cannot be tokenised: {error}")]
+            return [one for text in texts for one in self.encode_rendered([text])]
+
     def decode(self, token_ids: Sequence[int] | np.ndarray) -> str:
         """The text of some token ids, special tokens left out; ids that the tokenizer does not know are skipped."""
         return self.decode_batch([token_ids])[0]

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import abc
-import contextlib
 import dataclasses
-import gzip
 import os
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-from hpcinfer.errors import DataError, UsageError
+from hpcinfer.data.convert.sources import COMPRESSED_SUFFIXES
+from hpcinfer.errors import UsageError
 
 MAX_LINE_BYTES = 64 << 20
 """Longer lines are rejected unread: no model takes such a prompt, and memory stays flat."""
@@ -27,6 +25,25 @@ class ConvertOptions:
 
     prompt_column: str = "prompt"
     """Column with the prompt: text, or a list of token ids. Default "prompt"."""
+    prompt_template: str = ""
+    """Text with columns in braces, such as "Translate {text}:", that makes the prompt; "{{" is a brace. Default "": no template."""
+    chat_column: str = ""
+    """Column with chat messages, [{"role": ..., "content": ...}, ...]: the prompt is what the chat template of `model` makes of
+    them. Default "": none."""
+    as_chat: bool = False
+    """The prompt, a column's or a template's, is what a user says: it is rendered by the chat template of `model`. Default false."""
+    system_prompt: str = ""
+    """With `as_chat`: what the system says before. Default "": nothing."""
+    chat_template_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """More variables for the chat template, such as {"enable_thinking": false}. Default none."""
+    model: str = ""
+    """A Hugging Face folder. With it prompts are stored as token ids of its tokenizer. Default "": stored as they are."""
+    served_model_names: tuple[str, ...] = ()
+    """For OpenAI batches: what `body.model` may be; "*" allows any. Default (): `model` and its last part, any without `model`."""
+    num_samples: int = 1
+    """For OpenAI batches: `sampling.n` of the job; a line that asks for another `n` is rejected. Default 1."""
+    delimiter: str = ""
+    """For CSV: one character. Default "": a tab in files named .tsv, else a comma."""
     id_column: str = ""
     """Column with the user's own name of a row. Default "": the column "id" where there is one."""
     sampling_columns: str = ALL
@@ -51,6 +68,8 @@ class Record(NamedTuple):
     meta: Mapping[str, Any] | None = None
     raw: str = ""
     """What the record was made from, for the reject file, should a later step refuse it."""
+    rendered: bool = False
+    """The prompt came out of a chat template: its special tokens are in it, the tokenizer must add none."""
 
 
 class Reject(NamedTuple):
@@ -59,6 +78,10 @@ class Reject(NamedTuple):
     number: int
     reason: str
     raw: str = ""
+    id: str | None = None
+    """The row's own name, where it could be read and no other row has it."""
+    code: str = ""
+    """For OpenAI batches: what kind of error it is, in one word."""
 
 
 class Converter(abc.ABC):
@@ -67,7 +90,7 @@ class Converter(abc.ABC):
     name: ClassVar[str]
     """As in `--format`."""
     suffixes: ClassVar[tuple[str, ...]] = ()
-    """File name endings that choose it; ".gz" after them is understood by `open_source`."""
+    """File name endings that choose it; those of compressed files may follow."""
     unit: ClassVar[str] = "line"
     """What `number` counts."""
 
@@ -77,6 +100,14 @@ class Converter(abc.ABC):
     @abc.abstractmethod
     def records(self, source: str) -> Iterator[Record | Reject]:
         """Yields what is in the source, in order. Raises DataError when it cannot be read at all."""
+
+
+def refuse_prompt_options(options: ConvertOptions, format: str) -> None:
+    """For formats whose rows are prompts already. Raises UsageError where options say how to make some."""
+    for name in ("prompt_template", "chat_column", "as_chat"):
+        if getattr(options, name):
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag} has no meaning for the format {format}", fix="its rows are prompts; leave it out")
 
 
 CONVERTERS: dict[str, type[Converter]] = {}
@@ -100,56 +131,10 @@ def converter_for(source: str, name: str = "") -> type[Converter]:
         return CONVERTERS[name]
     if os.path.isdir(source):
         return CONVERTERS["hdf5"]
-    ending = Path(source.lower().removesuffix(".gz")).suffix
+    path = Path(source.lower())
+    ending = path.with_suffix("").suffix if path.suffix in COMPRESSED_SUFFIXES else path.suffix
     for converter in CONVERTERS.values():
         if ending in converter.suffixes:
             return converter
     known = ", ".join(f"{c.name} ({' '.join(c.suffixes)})" for c in CONVERTERS.values())
     raise UsageError(f"the format of {source} is not plain from its name", fix=f"give --format: {known}")
-
-
-@contextlib.contextmanager
-def open_source(source: str) -> Iterator[BinaryIO]:
-    """Opens a file for reading bytes, through gzip when its first bytes say so; closes it at the end.
-
-    Raises:
-        DataError: it cannot be opened.
-    """
-    with contextlib.ExitStack() as stack:
-        try:
-            file = stack.enter_context(open(source, "rb"))
-            if file.peek(2)[:2] == b"\x1f\x8b":
-                file = stack.enter_context(gzip.GzipFile(fileobj=file))
-        except IsADirectoryError as error:
-            raise DataError(f"{source} is a folder", fix="name a file in it") from error
-        except OSError as error:
-            raise DataError(f"cannot read {source}", found=error.strerror or str(error)) from error
-        yield file
-
-
-def bounded_lines(source: str, most: int) -> Iterator[tuple[int, bytes | None]]:
-    """Yields (number from 1, line without its end); None for a line longer than `most` bytes, which is skipped unread.
-
-    A file's last line need not end. Line ends are "\\n" or "\\r\\n"; a byte order mark at the start is taken off.
-
-    Raises:
-        DataError: the file cannot be opened, or ends or breaks in the middle of its compression.
-    """
-    number = 0
-    with open_source(source) as file:
-        try:
-            while line := file.readline(most + 2):
-                number += 1
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                content = line.removesuffix(b"\n").removesuffix(b"\r")
-                if len(content) > most:
-                    while line and not line.endswith(b"\n"):
-                        line = file.readline(1 << 20)
-                    yield number, None
-                else:
-                    yield number, content
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(
-                f"{source} breaks off after line {number}", found=str(error), fix="get the file again"
-            ) from error

@@ -11,12 +11,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from hpcinfer.data.prompts import schema
-from hpcinfer.data.convert import foreign_hdf5, lines  # noqa: F401 - importing them registers them
+from hpcinfer.data.convert import csv_table, foreign_hdf5, lines, openai, parquet  # noqa: F401 - importing them registers them
 from hpcinfer.data.convert.base import Converter, ConvertOptions, Record, Reject, converter_for
+from hpcinfer.data.convert.order import ORDERS, Sorter
+from hpcinfer.data.convert.sources import unchanged
+from hpcinfer.data.convert.tokenised import tokenised
 from hpcinfer.data.hdf5 import whole_file
+from hpcinfer.data.prompts import schema
+from hpcinfer.data.prompts.packed import MAX_ROW_BYTES
 from hpcinfer.data.prompts.prompts_writer import PromptsWriter
-from hpcinfer.errors import DataError
+from hpcinfer.data.tokenize import Tokenizer
+from hpcinfer.errors import DataError, RowError, UsageError
 
 _ROWS_A_REPORT = 10_000
 
@@ -54,6 +59,7 @@ def convert(
     *,
     format: str = "",
     options: ConvertOptions | None = None,
+    sort: str = "",
     max_rejected: Callable[[int], int] | None = None,
     overwrite: bool = False,
     show_rejects: int = 5,
@@ -65,6 +71,7 @@ def convert(
     Args:
         sources: files; a glob pattern that names no file stands for its matches in order of names.
         format: name of a converter; by default chosen from each file's name.
+        sort: "prefix" or "length" puts the rows in that order (data/convert/order.py); by default that of the sources.
         max_rejected: of so many lines, how many may be rejected; more is an error. By default any number.
         overwrite: replace an existing destination.
         show_rejects: how many rejects are handed to `on_reject` and kept in the summary.
@@ -73,7 +80,8 @@ def convert(
     Raises:
         DataError: a source cannot be read, no line is good, too many are bad, the destination exists or cannot be
             written. The destination then does not appear (or stays what it was); the reject file does.
-        UsageError: the format is not known.
+        UsageError: the format is not known, or options contradict each other.
+        CheckpointError: the model folder lacks what the options need of it.
     """
     options = options or ConvertOptions()
     destination = os.fspath(destination)
@@ -82,45 +90,109 @@ def convert(
         raise DataError(f"{destination} is a folder", fix="name the file to write")
     if os.path.exists(destination) and not overwrite:
         raise DataError(f"{destination} exists", fix="give another name, or --overwrite")
-    # Every source is looked at before a byte is written.
-    converters = [converter_for(file, format)(options) for file in files]
+    if sort and sort not in ORDERS:
+        raise UsageError(f"no order {sort!r}", fix=f"sort by one of {', '.join(ORDERS)}")
+    # Every source is looked at before a byte is written. Files of one format share a converter, which knows all their ids.
+    kinds = [converter_for(file, format) for file in files]
+    converters = {kind: kind(options) for kind in kinds}
+    opened = [(file, converters[kind]) for file, kind in zip(files, kinds, strict=True)]
+    tokenizer = Tokenizer(options.model) if options.model else None
     summary = ConvertSummary(destination)
-    rejects = _RejectFile(f"{destination}.rejected.jsonl", summary, show_rejects, on_reject)
+    rejects = _RejectFile(reject_path(destination), summary, show_rejects, on_reject)
     with rejects, contextlib.ExitStack() as stack:
-        writer: PromptsWriter | None = None
+        output = _Output(destination, summary, rejects, opened, stack)
+        sorter = stack.enter_context(Sorter(sort, os.path.dirname(destination) or ".")) if sort else None
         progress = _Progress(summary, on_progress)
-        for file, converter in zip(files, converters, strict=True):
-            for item in converter.records(file):
-                progress.step()
-                if isinstance(item, Reject):
-                    rejects.add(file, converter, item)
-                    continue
-                if writer is None:
-                    summary.kind = schema.TEXT if isinstance(item.prompt, str) else schema.TOKEN_IDS
-                    writer = stack.enter_context(PromptsWriter(destination, kind=summary.kind))
-                reason = _append(writer, item)
-                if reason:
-                    rejects.add(file, converter, Reject(item.number, reason, item.raw))
-                else:
-                    summary.num_rows += 1
+        for index, (file, converter) in enumerate(opened):
+            with unchanged(file):
+                items = converter.records(file)
+                for item in tokenised(items, tokenizer) if tokenizer is not None else items:
+                    progress.step()
+                    if isinstance(item, Reject):
+                        rejects.add(file, converter, item)
+                    elif sorter is None:
+                        output.append(index, item)
+                    else:
+                        output.sort(sorter, index, item)
+        if sorter is not None:
+            for index, item in sorter.items():
+                output.append(index, item)
         _check_counts(summary, max_rejected)
+        output.finish()
     return summary
 
 
-def _append(writer: PromptsWriter, record: Record) -> str:
-    """Appends a record; returns why it cannot be, or "". Raises DataError when the destination cannot be written."""
-    if isinstance(record.prompt, str) != (writer.kind == schema.TEXT):
-        kinds = ("text", "token ids") if writer.kind == schema.TOKEN_IDS else ("token ids", "text")
-        return f"the prompt is {kinds[0]} in a file of {kinds[1]}; a file holds one kind"
-    if not len(record.prompt):
-        return "the prompt is empty"
-    try:
-        writer.append(record.prompt, id=record.id, overrides=record.overrides, meta=record.meta)
-    except DataError as error:
-        if writer.is_broken:
-            raise
-        return schema.one_line(error)
-    return ""
+def reject_path(destination: str | os.PathLike) -> str:
+    """Where the lines go that a conversion to `destination` rejects."""
+    return f"{os.fspath(destination)}.rejected.jsonl"
+
+
+class _Output:
+    """The prompts file, created with its first record; what it cannot hold goes to the rejects."""
+
+    def __init__(
+        self,
+        destination: str,
+        summary: ConvertSummary,
+        rejects: _RejectFile,
+        opened: Sequence[tuple[str, Converter]],
+        stack: contextlib.ExitStack,
+    ) -> None:
+        self._destination = destination
+        self._summary = summary
+        self._rejects = rejects
+        self._opened = opened
+        self._stack = stack
+        self._writer: PromptsWriter | None = None
+
+    def _refused(self, source: int, record: Record) -> bool:
+        """Whether a record is not of this file's kind, which the first one decides; it is then rejected."""
+        if not len(record.prompt):
+            self._reject(source, record, "the prompt is empty")
+            return True
+        # A bound on characters and not on bytes, which would have to be counted; the writer bounds these.
+        if len(record.prompt) * (1 if isinstance(record.prompt, str) else 4) > MAX_ROW_BYTES:
+            self._reject(source, record, f"the prompt is longer than {MAX_ROW_BYTES} bytes")
+            return True
+        kind = schema.TEXT if isinstance(record.prompt, str) else schema.TOKEN_IDS
+        self._summary.kind = self._summary.kind or kind
+        if kind != self._summary.kind:
+            names = ("text", "token ids") if kind == schema.TEXT else ("token ids", "text")
+            self._reject(source, record, f"the prompt is {names[0]} in a file of {names[1]}; a file holds one kind")
+            return True
+        return False
+
+    def sort(self, sorter: Sorter, source: int, record: Record) -> None:
+        """Hands a record to the sorter."""
+        if not self._refused(source, record):
+            try:
+                sorter.add(source, record)
+            except RowError as error:
+                self._reject(source, record, schema.one_line(error))
+
+    def append(self, source: int, record: Record) -> None:
+        """Writes a record. Raises DataError when the destination cannot be written."""
+        if self._refused(source, record):
+            return
+        if self._writer is None:
+            self._writer = self._stack.enter_context(PromptsWriter(self._destination, kind=self._summary.kind))
+        try:
+            self._writer.append(record.prompt, id=record.id, overrides=record.overrides, meta=record.meta)
+        except DataError as error:
+            if self._writer.is_broken:
+                raise
+            self._reject(source, record, schema.one_line(error))
+        else:
+            self._summary.num_rows += 1
+
+    def _reject(self, source: int, record: Record, reason: str) -> None:
+        file, converter = self._opened[source]
+        self._rejects.add(file, converter, Reject(record.number, reason, record.raw, record.id))
+
+    def finish(self) -> None:
+        """Says in the file how many rows were rejected, so that nobody takes it for the whole."""
+        if self._writer is not None:
+            self._writer.num_rejected = self._summary.num_rejected
 
 
 def _expand(sources: Sequence[str | os.PathLike]) -> list[str]:
@@ -129,7 +201,7 @@ def _expand(sources: Sequence[str | os.PathLike]) -> list[str]:
         if os.path.exists(source):
             files.append(source)
         else:
-            matches = sorted(glob.glob(source))
+            matches = sorted(glob.glob(source, recursive=True))
             if not matches:
                 raise DataError(f"no such file: {source}")
             files += matches
@@ -152,7 +224,10 @@ def _check_counts(summary: ConvertSummary, max_rejected: Callable[[int], int] | 
 
 
 class _RejectFile:
-    """JSON Lines {source, line or row, reason, raw}; there when a conversion with rejects ends, well or not."""
+    """JSON Lines {source, line or row, reason, raw}, with id and code where there are any.
+
+    There when a conversion with rejects ends, well or not.
+    """
 
     def __init__(
         self, path: str, summary: ConvertSummary, show: int, on_reject: Callable[[str], None] | None
@@ -176,6 +251,8 @@ class _RejectFile:
         entry: dict[str, Any] = {
             "source": source, converter.unit: reject.number, "reason": reject.reason, "raw": reject.raw
         }  # fmt: skip
+        entry |= {"id": reject.id} if reject.id is not None else {}
+        entry |= {"code": reject.code} if reject.code else {}
         # ASCII escapes: file names and raw text may hold what UTF-8 cannot.
         self._open().write(json.dumps(entry) + "\n")
 

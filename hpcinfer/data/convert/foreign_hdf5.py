@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hpcinfer.data.convert.base import Converter, Record, Reject, register
+from hpcinfer.data.convert.base import Converter, ConvertOptions, Record, Reject, refuse_prompt_options, register
 from hpcinfer.errors import ConfigError
 
 
@@ -15,6 +15,10 @@ class Hdf5(Converter):
     name = "hdf5"
     suffixes = (".h5", ".hdf5")
     unit = "row"
+
+    def __init__(self, options: ConvertOptions) -> None:
+        super().__init__(options)
+        refuse_prompt_options(options, self.name)
 
     def records(self, source: str) -> Iterator[Record | Reject]:
         """Yields a Record or a Reject a row."""

@@ -42,6 +42,7 @@ class PackedReader(PromptsReader):
         self.num_rows = self._column.num_rows
         self._overrides: dict[str, _OverrideColumn] = {}
         self._id: PackedColumn | h5py.Dataset | None = None
+        self._meta_groups: dict[str, h5py.Group] = {}
         self._fingerprint = ""
         self._digests: h5py.Dataset | None = None
         # A pair that lies deeper than /prompts is somebody's own layout; names at the root mean nothing there.
@@ -83,6 +84,10 @@ class PackedReader(PromptsReader):
             self._id = packed_column(item, self.num_rows) if isinstance(item, h5py.Group) else item
             if isinstance(item, h5py.Dataset) and item.shape != (self.num_rows,):
                 raise _length_error(item, self.num_rows)
+        meta = self._file.get(schema.META)
+        if isinstance(meta, h5py.Group):
+            groups = {schema.key_of_column(name): meta[name] for name in meta}
+            self._meta_groups = {name: item for name, item in groups.items() if isinstance(item, h5py.Group)}
 
     def _rows(self, start: int, stop: int) -> Iterator[PromptRow]:
         for block in self._column.blocks(start, stop):
@@ -113,6 +118,18 @@ class PackedReader(PromptsReader):
                 values, _ = read_around_damage(self._id, first, min(first + BLOCK_ROWS, stop))
                 for value in values.tolist():
                     yield value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+    def meta_names(self) -> tuple[str, ...]:
+        """Names of the columns under /meta."""
+        return tuple(self._meta_groups)
+
+    def _meta(self, name: str, start: int, stop: int) -> Iterator[Any]:
+        if name not in self._meta_groups:
+            yield from super()._meta(name, start, stop)
+            return
+        # Opened when asked for: nothing but an export reads them.
+        for raw in packed_bytes(packed_column(self._meta_groups[name], self.num_rows), start, stop):
+            yield _json_value(raw)
 
     def fingerprint_of(self, num_rows: int) -> str:
         """The fingerprint of the first rows, from the stored digests and at most 1023 rows read; "" without them."""
@@ -256,6 +273,14 @@ def packed_bytes(
             itertools.count(block.first_row), block.starts.tolist(), block.stops.tolist(), strict=False
         ):
             yield b"" if row in block.problems else raw[low:high]
+
+
+def _json_value(raw: bytes) -> Any:
+    """The value of a meta column; what is not JSON, in a file of another making, is text."""
+    try:
+        return json.loads(raw) if raw else None
+    except (ValueError, RecursionError):
+        return raw.decode(errors="replace")
 
 
 def _kind_of(data: h5py.Dataset) -> str:

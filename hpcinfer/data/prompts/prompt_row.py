@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hpcinfer.data.prompts import schema
+from hpcinfer.data.prompts.packed import MAX_ROW_BYTES
 from hpcinfer.errors import ConfigError, DataError, RowError
 from hpcinfer.request import SamplingParams
 
@@ -47,9 +48,11 @@ def sampling_for(row: PromptRow, defaults: SamplingParams) -> SamplingParams:
 
 
 def text_row(row: int, raw: bytes, overrides: Mapping[str, Any] = NO_OVERRIDES) -> PromptRow:
-    """A row from UTF-8 bytes; empty or invalid ones become an error row."""
+    """A row from UTF-8 bytes; empty, invalid or endless ones become an error row."""
     if not raw:
         return PromptRow(row, error="the prompt is empty")
+    if len(raw) > MAX_ROW_BYTES:
+        return PromptRow(row, error=f"the row has {len(raw)} bytes; the most is {MAX_ROW_BYTES}")
     try:
         return PromptRow(row, raw.decode(), None, overrides)
     except UnicodeDecodeError as error:
@@ -60,6 +63,8 @@ def token_row(row: int, ids: np.ndarray, overrides: Mapping[str, Any] = NO_OVERR
     """A row from integers; empty ones and those with ids outside int32's positive half become an error row."""
     if not len(ids):
         return PromptRow(row, error="the prompt is empty")
+    if 4 * len(ids) > MAX_ROW_BYTES:
+        return PromptRow(row, error=f"the row has {4 * len(ids)} bytes; the most is {MAX_ROW_BYTES}")
     low, high = int(ids.min()), int(ids.max())
     if low < 0:
         return PromptRow(row, error=f"token id {low} at position {int(ids.argmin())} is negative")
@@ -103,6 +108,18 @@ class PromptsReader(abc.ABC):
         return stop
 
     def _ids(self, start: int, stop: int) -> Iterator[str | None]:
+        for _ in range(start, stop):
+            yield None
+
+    def meta_names(self) -> tuple[str, ...]:
+        """Names of the meta columns, as the keys of the input were; none where a layout has none."""
+        return ()
+
+    def meta(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Any]:
+        """Yields one meta column's values of rows [start, stop); None where a row has none. Raises as `rows`."""
+        return self._meta(name, start, self._checked(start, stop))
+
+    def _meta(self, name: str, start: int, stop: int) -> Iterator[Any]:
         for _ in range(start, stop):
             yield None
 

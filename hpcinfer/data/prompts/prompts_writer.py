@@ -14,7 +14,7 @@ from hpcinfer.data.prompts import schema
 from hpcinfer.data.prompts.fingerprint import DIGEST_BYTES, FingerprintChain
 from hpcinfer.data.hdf5 import CHUNK_BYTES, LIBVER, whole_file
 from hpcinfer.data.hdf5_output import OutputFile
-from hpcinfer.data.prompts.packed import ColumnWriter, PackedWriter
+from hpcinfer.data.prompts.packed import MAX_ROW_BYTES, ColumnWriter, PackedWriter
 from hpcinfer.errors import ConfigError, DataError
 
 MAX_META_COLUMNS = 256
@@ -71,6 +71,8 @@ class PromptsWriter:
         self.path = path
         self.kind = kind
         self.num_rows = 0
+        self.num_rejected: int | None = None
+        """Lines of the source that are not in the file, where whoever writes knows; kept as an attribute."""
         self._is_finished = False
         self.is_broken = False
         """The file could not be written; nothing more can be appended."""
@@ -121,6 +123,8 @@ class PromptsWriter:
         try:
             # Everything that can fail comes before the first write, so that a refused row leaves no trace.
             stored = _as_text(prompt) if self.kind == schema.TEXT else _as_token_ids(prompt)
+            if len(stored) * (1 if self.kind == schema.TEXT else 4) > MAX_ROW_BYTES:
+                raise ValueError(f"it is longer than {MAX_ROW_BYTES} bytes")
             stored_id = None if id is None else id.encode()
             given = {key: schema.sampling_value(key, value) for key, value in overrides.items()} if overrides else {}
             encoded = {key: schema.encode_json(value) for key, value in meta.items()} if meta else {}
@@ -187,6 +191,8 @@ class PromptsWriter:
                 "fingerprint": self._chain.value(),
             }
         )
+        if self.num_rejected is not None:
+            self._file.attrs[schema.REJECTED] = self.num_rejected
         self._is_finished = True
 
 

@@ -35,6 +35,9 @@ MAX_TOKEN_ID = 2**31 - 1
 NOT_GIVEN = "not_given"
 """Attribute of a sampling column: the value that means "this row does not override it"."""
 
+REJECTED = "n_rejected"
+"""Attribute of the file: how many lines of the source were rejected when it was converted."""
+
 ENCODING = "encoding"
 """Attribute of a packed group: "utf-8" (plain text) or "json" (each row a JSON value, empty where there is none)."""
 

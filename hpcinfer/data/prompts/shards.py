@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import collections
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -74,6 +75,17 @@ class ShardedReader(PromptsReader):
     def _ids(self, start: int, stop: int) -> Iterator[str | None]:
         for index, _, low, high in self._parts(start, stop):
             yield from self._shard(index).ids(low, high)
+
+    def meta_names(self) -> tuple[str, ...]:
+        """Names of the meta columns of any shard, in the order of the shards."""
+        names: dict[str, None] = {}
+        for index in range(len(self.paths)):
+            names.update(dict.fromkeys(self._shard(index).meta_names()))
+        return tuple(names)
+
+    def _meta(self, name: str, start: int, stop: int) -> Iterator[Any]:
+        for index, _, low, high in self._parts(start, stop):
+            yield from self._shard(index).meta(name, low, high)
 
     def fingerprint_of(self, num_rows: int) -> str:
         """The fingerprints of the shards' parts, one after the other; "" where any shard has none."""

@@ -26,6 +26,7 @@ def test_overrides_reach_any_key(tmp_path):
     job = load_job(path, ["parallel.tp=2", "model.path=other folder", "sampling.temperature=1", "sampling.stop_token_ids=[3, 4]"])
     assert (job.parallel.tp, job.model.path, job.sampling.temperature) == (2, "other folder", 1.0)
     assert job.sampling.stop_token_ids == (3, 4)
+    assert load_job(path, ["data.output=1\nx = '2'"]).data.output == "1\nx = '2'"
 
 
 @pytest.mark.parametrize(
@@ -125,7 +126,31 @@ def test_nothing_but_our_errors_comes_out(tables):
         assert str(error)
 
 
-@given(override=st.text(max_size=30))
+TOML_PIECES = st.sampled_from([
+    "[model]\n", "[[model]]\n", "[sampling]\n", "[parallel]\n", "[data]\n", "path", "tp", "seed", "max_tokens", "stop_token_ids", " = ",
+    "\n", "[", "]", "{", "}", '"', "'", '"""', "1", "-1", "1e400", "nan", "inf", "0x", "1979-05-27", "true", ",", ".", "\\u0000", "\\ud800",
+    "\x00", "ü", "#", "9" * 5000,
+])  # fmt: skip
+
+
+@given(raw=st.lists(TOML_PIECES, max_size=25).map("".join).map(str.encode) | st.binary(max_size=60))
+def test_no_file_breaks_the_reader(tmp_path_factory, raw):
+    path = tmp_path_factory.mktemp("toml") / "job.toml"
+    path.write_bytes(raw)
+    try:
+        load_job(path)
+    except HpcinferError as error:
+        assert str(error)
+
+
+PARTS = st.sampled_from(
+    ["model", "data", "sampling", "parallel", "run", "path", "tp", "seed", "temperature", "stop_token_ids", "drain_s", ""]
+)
+DOTS, EQUALS = st.sampled_from([".", "", "..", " "]), st.sampled_from(["=", "", "==", " = "])
+OVERRIDES = st.tuples(PARTS, DOTS, PARTS, EQUALS, TOML_PIECES | st.text(max_size=9))
+
+
+@given(override=st.text(max_size=30) | OVERRIDES.map("".join))
 def test_no_override_breaks_the_reader(override):
     tables = {"model": {"path": "m"}, "data": {"prompts": "p", "output": "o"}, "flag": 3}
     try:
