@@ -81,6 +81,13 @@ class Tokenizer:
             raise result
         return result
 
+    def encode_plain(self, text: str) -> np.ndarray:
+        """Token ids of a piece of text, int32, without the special tokens that stand around a prompt. Raises RowError."""
+        try:
+            return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        except Exception as error:  # see encode_batch
+            raise RowError(f"the text {text[:80]!r} cannot be tokenised: {error}") from error
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray | RowError]:
         """Token ids of each text, int32, in order; a text that cannot be tokenised gives a RowError in its place.
 

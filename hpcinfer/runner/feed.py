@@ -11,6 +11,7 @@ from hpcinfer.data.ledger.claims import Claim, Ledger, NoClaim
 from hpcinfer.data.prompts.prompt_row import PromptRow, PromptsReader, sampling_for
 from hpcinfer.data.tokenize import Tokenizer
 from hpcinfer.engine.outcome import failed_generation
+from hpcinfer.engine.requests import RequestBuilder
 from hpcinfer.errors import RowError
 from hpcinfer.request import Generation, Request, SamplingParams
 
@@ -50,7 +51,7 @@ class RowFeed:
         self._tokenizer = tokenizer
         self._sampling = sampling
         self._refuse = refuse
-        self._vocab_size = vocab_size
+        self._builder = RequestBuilder(tokenizer, vocab_size)
         self._open: Iterator[Request | Generation] = iter(())
         self.state: NoClaim | None = None
         """Why the last `take` came back short; None while rows flow."""
@@ -119,14 +120,8 @@ class RowFeed:
             if isinstance(token_ids, RowError):
                 raise token_ids
             num_tokens = len(token_ids)
-            if num_tokens and int(token_ids.max()) >= self._vocab_size:
-                raise RowError(f"token id {int(token_ids.max())} is not in the model's vocabulary of {self._vocab_size}")
-            request = Request(
-                row=row.row,
-                sample=sample,
-                prompt_token_ids=token_ids,
-                sampling=sampling,
-                output_token_ids=np.empty(0, np.int32) if earlier is None else earlier,
+            request = self._builder.build(
+                row=row.row, sample=sample, prompt_token_ids=token_ids, sampling=sampling, output_token_ids=earlier
             )
             self._refuse(request)
         except RowError as error:

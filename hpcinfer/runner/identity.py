@@ -9,6 +9,11 @@ from typing import Any
 
 from hpcinfer.config.job import JobConfig
 from hpcinfer.errors import CheckpointError
+from hpcinfer.request import SamplingParams
+
+_FIRST_FIELDS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop_token_ids", "ignore_eos")
+"""Fields of SamplingParams that every run directory has. Later ones are left out where they have their default, so that runs that
+were begun before they existed can go on."""
 
 _WINDOW_BYTES = 4096
 _WINDOWS = 64
@@ -34,9 +39,10 @@ def model_facts(job: JobConfig, dtype: str) -> dict[str, Any]:
 
 def sampling_facts(job: JobConfig, max_context: int) -> dict[str, Any]:
     """Fields of the sampling that change the answers; `n` is the run's own (it sets the number of output rows)."""
-    facts = dataclasses.asdict(job.sampling)
+    facts, defaults = (dataclasses.asdict(sampling) for sampling in (job.sampling, SamplingParams()))
     del facts["n"]
-    return {**facts, "max_context": max_context}
+    kept = {name: value for name, value in facts.items() if name in _FIRST_FIELDS or value != defaults[name]}
+    return {**kept, "max_context": max_context}
 
 
 def _digest(files: list[Path]) -> str:

@@ -122,7 +122,7 @@ def _loop(
 ) -> ReplicaLoop:
     ledger = Ledger(run, writer.id, liveness, coverage, retry_s=job.run.retry_s)
     num_writers = len(writer_ids(run))
-    tokenizer = job_tokenizer(job)
+    tokenizer = replica.tokenizer = job_tokenizer(job)
     feed = RowFeed(
         ledger, reader, tokenizer, job.sampling,
         refuse=replica.scheduler.refuse, vocab_size=checked.model.vocab_size,
