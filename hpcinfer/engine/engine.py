@@ -11,6 +11,7 @@ from hpcinfer.comm.bootstrap import local_world
 from hpcinfer.config.job import EngineSection
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.config.parallel import ParallelConfig
+from hpcinfer.data.stop_text import StopTexts
 from hpcinfer.data.tokenize import Tokenizer
 from hpcinfer.engine.build import build_replica
 from hpcinfer.engine.replica_plan import plan_replica
@@ -63,7 +64,7 @@ class Engine:
             meter=meter_of(world.device),
         )
         self._tokenizer = Tokenizer(model) if (Path(model) / "tokenizer.json").is_file() else None
-        self._replica.tokenizer = self._tokenizer
+        self._replica.stop_texts = StopTexts(self._tokenizer) if self._tokenizer else None
         self._vocab_size = config.vocab_size
         self._requests = RequestBuilder(self._tokenizer, config.vocab_size)
         self._queue_depth = _QUEUE_DEPTH * engine.max_sequences

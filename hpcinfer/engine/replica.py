@@ -12,8 +12,7 @@ from hpcinfer.batch import Step
 from hpcinfer.comm.communicator import Handle
 from hpcinfer.comm.host import Expected, HostChannel
 from hpcinfer.comm.operation import Mark
-from hpcinfer.data.stop_text import StopWatch
-from hpcinfer.data.tokenize import Tokenizer
+from hpcinfer.data.stop_text import StopTexts
 from hpcinfer.engine.worker import PlannedStep, Worker
 from hpcinfer.observe.trace import TICK, Recorder, span
 from hpcinfer.request import Request
@@ -30,7 +29,7 @@ _NO_DEADLINE = float("inf")
 
 class Replica:
     """One rank of a replica. The leader calls `step()` and at the end `stop()`; the other ranks call `follow()`. Before requests with
-    stop texts the leader sets `tokenizer`.
+    stop texts the leader sets `stop_texts`.
 
     Tick n on the leader: wait for the tokens of tick n - lag, broadcast the message of tick n, apply it, schedule, execute.
     The other ranks look ahead: while they compute a step, the message of the next one may arrive; they then schedule it
@@ -56,7 +55,7 @@ class Replica:
     ) -> None:
         self.scheduler = scheduler
         self.expert_load = expert_load
-        self.tokenizer: Tokenizer | None = None
+        self.stop_texts: StopTexts | None = None
         self._worker = worker
         self._control = control
         self._mark = mark or Mark()
@@ -155,7 +154,7 @@ class Replica:
 
     def _stopped(self, ids: np.ndarray, tokens: np.ndarray) -> tuple[int, ...]:
         """The sequences whose new token ends a stop text."""
-        if self.tokenizer is None:
+        if self.stop_texts is None:
             return ()
         stopped = []
         for sequence_id, token in zip(ids.tolist(), tokens.tolist(), strict=True):
@@ -163,7 +162,7 @@ class Replica:
             if sequence is not None and sequence.request.sampling.stop and token not in NO_TOKEN:
                 if sequence.stop_watch is None:
                     output = sequence.tokens[sequence.num_prompt_tokens :]
-                    sequence.stop_watch = StopWatch(self.tokenizer, sequence.request.sampling, output)
+                    sequence.stop_watch = self.stop_texts.watch(sequence.request.sampling, output)
                 if sequence.stop_watch.add(token):
                     stopped.append(sequence_id)
         return tuple(stopped)

@@ -17,6 +17,7 @@ from hpcinfer.data.ledger.merge import claim_merge, merge_run, remove_leftovers
 from hpcinfer.data.prompts.prompt_row import PromptsReader
 from hpcinfer.data.ledger.run_directory import RunDirectory
 from hpcinfer.data.ledger.segments import SegmentPolicy, SegmentWriter, segment_limit
+from hpcinfer.data.stop_text import StopTexts
 from hpcinfer.data.ledger.writers import Leaving, Writer, WriterIdentity, register_writer, writer_ids
 from hpcinfer.engine.replica import Replica
 from hpcinfer.launch.env import LaunchEnvironment
@@ -122,7 +123,8 @@ def _loop(
 ) -> ReplicaLoop:
     ledger = Ledger(run, writer.id, liveness, coverage, retry_s=job.run.retry_s)
     num_writers = len(writer_ids(run))
-    tokenizer = replica.tokenizer = job_tokenizer(job)
+    tokenizer = job_tokenizer(job)
+    replica.stop_texts = StopTexts(tokenizer) if tokenizer else None
     feed = RowFeed(
         ledger, reader, tokenizer, job.sampling,
         refuse=replica.scheduler.refuse, vocab_size=checked.model.vocab_size,
