@@ -91,11 +91,6 @@ class SamplingParams:
         """Whether a draw depends on which tokens there are before it, and how often."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
-    @property
-    def edits_logits(self) -> bool:
-        """Whether something changes the logits before temperature and filters."""
-        return self.counts_tokens or bool(self.logit_bias or self.bad_words or self.min_tokens)
-
 
 def _texts(value: Any) -> tuple[str, ...]:
     """One text, several or None, as a tuple."""
@@ -163,6 +158,12 @@ class Request:
     def key(self) -> tuple[int, int]:
         """(row, sample)."""
         return (self.row, self.sample)
+
+    @property
+    def edits_logits(self) -> bool:
+        """Whether something changes the logits before temperature and filters."""
+        sampling = self.sampling
+        return sampling.counts_tokens or bool(sampling.logit_bias or sampling.min_tokens or self.bad_words_token_ids)
 
     @property
     def needs_history(self) -> bool:

@@ -49,7 +49,7 @@ class Sequence:
         self.drawn_at = (0, 0)
         """Lane of the last of them, and its place among the tokens that this lane draws in that step."""
         self.num_preemptions = 0
-        self.edits_logits = request.sampling.edits_logits
+        self.edits_logits = request.edits_logits
         self.needs_history = request.needs_history
         # Kept by single ranks, functions of request and tokens that can be made again at any time; no decision reads them.
         self.history: Any = None

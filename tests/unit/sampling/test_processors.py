@@ -9,17 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.generation.logits_process import (
-    MinNewTokensLengthLogitsProcessor,
-    NoBadWordsLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    SequenceBiasLogitsProcessor,
-)
 
 from hpcinfer.request import NO_TOKEN_LEFT, NOT_A_TOKEN, Request, SamplingParams
 from hpcinfer.sampling.history import History
 from hpcinfer.sampling.processors import Draw, edits_of
 from hpcinfer.sampling.sampler import SamplingBatch, sample
+from tests.processors import by_transformers
 
 VOCAB = 12
 EOS = 3
@@ -70,23 +65,6 @@ def edited(logits: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
     return logits
 
 
-def by_transformers(logits: torch.Tensor, row: dict) -> torch.Tensor:
-    """logits [1, V] -> the same, by transformers' processors in the order of its `generate`; penalties of vLLM in between."""
-    sampling, scores = request_of(row).sampling, logits
-    ids = torch.tensor([row["prompt"] + row["output"]])
-    if sampling.logit_bias:
-        scores = SequenceBiasLogitsProcessor([[[i], bias] for i, bias in sampling.logit_bias.items()])(ids, scores)
-    if sampling.repetition_penalty != 1:
-        scores = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(ids, scores)
-    counts = torch.bincount(torch.tensor(row["output"], dtype=torch.long), minlength=VOCAB)
-    taken = sampling.frequency_penalty * counts.double() + sampling.presence_penalty * (counts > 0).double()
-    scores = scores - taken.float()
-    if row["bad_words"]:
-        scores = NoBadWordsLogitsProcessor([list(word) for word in row["bad_words"]])(ids, scores)
-    ends = sorted({EOS, *sampling.stop_token_ids})
-    return MinNewTokensLengthLogitsProcessor(len(row["prompt"]), sampling.min_tokens, ends)(ids, scores) if sampling.min_tokens else scores
-
-
 @settings(max_examples=150)
 @given(rows=st.lists(ROWS, min_size=1, max_size=4), seed=st.integers(0, 2**31), pieces=st.integers(1, 4))
 def test_edited_logits_are_those_of_transformers(rows, seed, pieces):
@@ -94,7 +72,8 @@ def test_edited_logits_are_those_of_transformers(rows, seed, pieces):
     logits = torch.randn(len(rows), VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
     got = edited(logits, [draw_of(request_of(row), row["output"], pieces=pieces) for row in rows])
     for number, row in enumerate(rows):
-        assert torch.equal(got[number], by_transformers(logits[number : number + 1], row)[0])
+        wanted = by_transformers(logits[number : number + 1], row["prompt"], row["output"], row, ends=[EOS])[0]
+        assert torch.equal(got[number], wanted)
 
 
 def test_tokens_of_an_earlier_life_are_output():
@@ -110,7 +89,7 @@ def test_tokens_of_an_earlier_life_are_output():
 
 def test_rows_that_ask_for_nothing_cost_nothing_and_stay_as_they_are():
     plain, biased = (Request(row=0, prompt_token_ids=np.ones(1, np.int32), sampling=SamplingParams(logit_bias=bias)) for bias in ({}, {4: 50}))
-    assert not plain.sampling.edits_logits and biased.sampling.edits_logits
+    assert not plain.edits_logits and biased.edits_logits
     assert SamplingBatch.of([(plain, 1)] * 3).edits == ()
     logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(1))
     before = logits.clone()
