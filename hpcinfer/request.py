@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +15,8 @@ from hpcinfer.errors import ConfigError
 
 NOT_A_TOKEN = -1
 """Drawn where a model's logits are not numbers; the row fails and the others go on."""
+NO_TOKEN_LEFT = -2
+"""Drawn where every token is ruled out, by bad words and the like; the row fails and the others go on."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,9 +41,31 @@ class SamplingParams:
     """Token ids that end a generation, beside the model's own end-of-sequence ids. The id stays in token_ids."""
     ignore_eos: bool = False
     """Go on to max_tokens whatever the model says. For benchmarks. Default false."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a generation; the one that is complete first counts. Text is cut before it, token_ids are kept up to the token
+    that completed it. Needs a tokenizer. Default none."""
+    include_stop_str_in_output: bool = False
+    """Cut text after the stop text and not before it. Default false."""
+    min_tokens: int = 0
+    """No end-of-sequence or stop token is drawn before so many tokens, and no stop text counts that is complete before. Default 0."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens that are in the prompt or the output are divided by it where they are positive, else multiplied with it
+    (Keskar et al. 2019). Default 1 (off)."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that are in the output, from -2 to 2. Default 0 (off)."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logits of tokens once for each time that they are in the output, from -2 to 2. Default 0 (off)."""
+    logit_bias: dict[int, float] = dataclasses.field(default_factory=dict, hash=False)
+    """Token id -> what is added to its logit; minus infinity rules it out. Default none."""
+    bad_words: tuple[str, ...] = ()
+    """Texts that are not generated, at the start of a word as well as inside one: the token that would complete one is ruled out.
+    Needs a tokenizer. Default none."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop_token_ids", tuple(int(i) for i in self.stop_token_ids))
+        object.__setattr__(self, "stop_token_ids", tuple(int(i) for i in self.stop_token_ids or ()))
+        object.__setattr__(self, "stop", _texts(self.stop))
+        object.__setattr__(self, "bad_words", _texts(self.bad_words))
+        object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
         rules = (
             (1 <= self.max_tokens < 2**31, "max_tokens", self.max_tokens, "at least 1, below 2**31"),
             (0.0 <= self.temperature < float("inf"), "temperature", self.temperature, "0 or more"),
@@ -48,10 +75,49 @@ class SamplingParams:
             (1 <= self.n <= 65535, "n", self.n, "from 1 to 65535"),
             (0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2**63 - 1"),
             (all(i >= 0 for i in self.stop_token_ids), "stop_token_ids", self.stop_token_ids, "token ids of 0 or more"),
+            (all(type(i) is str and i for i in self.stop), "stop", self.stop, "texts that are not empty"),
+            (0 <= self.min_tokens < 2**31, "min_tokens", self.min_tokens, "0 or more, below 2**31"),
+            (0.0 < self.repetition_penalty < math.inf, "repetition_penalty", self.repetition_penalty, "above 0"),
+            (-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", self.presence_penalty, "from -2 to 2"),
+            (-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", self.frequency_penalty, "from -2 to 2"),
+            (all(type(i) is str and i.strip() for i in self.bad_words), "bad_words", self.bad_words, "texts that are not blank"),
         )
         for holds, name, value, allowed in rules:
             if not holds:
                 raise ConfigError(f"sampling.{name} = {value}", fix=f"{name} must be {allowed}")
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether a draw depends on which tokens there are before it, and how often."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    """One text, several or None, as a tuple."""
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+def _bias(value: Any) -> dict[int, float]:
+    """Token id -> bias, in the order of ids. JSON and TOML have texts as keys. Raises ConfigError."""
+    if value is None:
+        return {}
+    try:
+        bias = {_token_id(key): float(each) for key, each in value.items()} if isinstance(value, Mapping) else None
+    except (TypeError, ValueError, OverflowError):
+        bias = None
+    # float32 is what they are added to: larger numbers would make infinity of it.
+    if bias is None or not all(abs(each) < 1e38 or each == -math.inf for each in bias.values()):
+        raise ConfigError(
+            f"sampling.logit_bias = {value}"[:200], fix="logit_bias must be token ids of 0 or more with numbers, as {50256: -100.0}"
+        )
+    return dict(sorted(bias.items()))
+
+
+def _token_id(key: Any) -> int:
+    number = int(key) if isinstance(key, str | np.integer) else key
+    if type(number) is not int or not 0 <= number < 2**31:
+        raise ValueError(key)
+    return number
 
 
 class Status(enum.IntEnum):
@@ -68,7 +134,7 @@ class FinishReason(enum.IntEnum):
     NONE = 0
     """Not ended (a partial row) or never begun (a failed row)."""
     STOP = 1
-    """A stop token: one of the model's end-of-sequence ids or of `stop_token_ids`."""
+    """A stop token: one of the model's end-of-sequence ids or of `stop_token_ids`; or a text of `stop`."""
     LENGTH = 2
     """`max_tokens`, or the model's context, was reached."""
 
@@ -85,11 +151,24 @@ class Request:
     sampling: SamplingParams
     output_token_ids: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.int32))
     """int32: tokens that an earlier life generated (a partial row); they count towards max_tokens."""
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    """Token ids of `sampling.bad_words`: of each sequence the last id is ruled out after the others."""
 
     @property
     def key(self) -> tuple[int, int]:
         """(row, sample)."""
         return (self.row, self.sample)
+
+    @property
+    def edits_logits(self) -> bool:
+        """Whether something changes the logits before temperature and filters."""
+        sampling = self.sampling
+        return sampling.counts_tokens or bool(sampling.logit_bias or sampling.min_tokens or self.bad_words_token_ids)
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether a draw depends on the tokens before it by more than the model: it is then not computed ahead of them."""
+        return self.sampling.counts_tokens or any(len(ids) > 1 for ids in self.bad_words_token_ids)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +182,7 @@ class Generation:
     token_ids: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.int32))
     """int32 [num_output_tokens], the stop token included."""
     text: str = ""
-    """The detokenised token_ids, special tokens left out; empty where there is no tokenizer."""
+    """The detokenised token_ids, special tokens left out, cut at a stop text; empty where there is no tokenizer."""
     num_prompt_tokens: int = 0
     error: str = ""
     """For failed rows: what is wrong with the row, in words."""

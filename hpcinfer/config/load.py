@@ -73,8 +73,8 @@ def read_toml(path: str | Path, what: str) -> dict[str, Any]:
 def from_tables(kind: type, tables: Mapping[str, Any], what: str) -> Any:
     """A dataclass from parsed TOML, its fields that are dataclasses from sections.
 
-    Fields may be int, float, str, bool, tuple[int, ...], tuple[str, ...], dict[str, str] and dataclasses; a dataclass with a
-    classmethod `from_text` may also be given as one text.
+    Fields may be int, float, str, bool, tuple[int, ...], tuple[str, ...], dict[str, str], dict[int, float] and dataclasses; a
+    dataclass with a classmethod `from_text` may also be given as one text.
 
     Raises:
         ConfigError: an unknown, missing or mistyped key; `what` ("the job file") names the whole.
@@ -123,7 +123,8 @@ def _convert(hint: Any, value: Any, name: str, what: str) -> Any:
     if typing.get_origin(hint) is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{name} = {value!r}", fix=f"write [{name}] and below it a line NAME = \"value\" for each")
-        return {key: _convert(str, each, _dotted(name, key), what) for key, each in value.items()}
+        item = typing.get_args(hint)[1]
+        return {key: _convert(item, each, _dotted(name, key), what) for key, each in value.items()}
     if hint is float and _is(int, value):
         return float(value)
     if hint is str and (_is(int, value) or _is(float, value)):

@@ -61,6 +61,12 @@ class Tokenizer:
         self._cleans_up = bool(self.config.get("clean_up_tokenization_spaces", False)) and not is_bpe
 
     @property
+    def only_appends(self) -> bool:
+        """Whether a token's own characters are in the text whatever follows. Some decoders, as WordPiece's, clean spaces up."""
+        decoder = json.loads(self._tokenizer.to_str()).get("decoder")
+        return not self._cleans_up and not _types(decoder) & {"WordPiece", "CTC"}
+
+    @property
     def vocab_size(self) -> int:
         """Number of token ids, added tokens included."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
@@ -80,6 +86,13 @@ class Tokenizer:
         if isinstance(result, RowError):
             raise result
         return result
+
+    def encode_plain(self, text: str) -> np.ndarray:
+        """Token ids of a piece of text, int32, without the special tokens that stand around a prompt. Raises RowError."""
+        try:
+            return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        except Exception as error:  # see encode_batch
+            raise RowError(f"the text {text[:80]!r} cannot be tokenised: {error}") from error
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray | RowError]:
         """Token ids of each text, int32, in order; a text that cannot be tokenised gives a RowError in its place.
@@ -130,6 +143,13 @@ class Tokenizer:
                 wanted.append(tokenizers.AddedToken(content, special=True, **flags))
         if wanted:
             self._tokenizer.add_special_tokens(wanted)
+
+
+def _types(decoder: Any) -> set[str]:
+    """The types of a decoder of tokenizer.json, of all its parts where it is a sequence of several."""
+    if not isinstance(decoder, dict):
+        return set()
+    return {str(decoder.get("type"))}.union(*(_types(part) for part in decoder.get("decoders") or ()))
 
 
 def _special_entries(config: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -11,12 +11,14 @@ from hpcinfer.comm.bootstrap import local_world
 from hpcinfer.config.job import EngineSection
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.config.parallel import ParallelConfig
+from hpcinfer.data.stop_text import StopTexts
 from hpcinfer.data.tokenize import Tokenizer
 from hpcinfer.engine.build import build_replica
 from hpcinfer.engine.replica_plan import plan_replica
 from hpcinfer.engine.memory import available_bytes
 from hpcinfer.engine.outcome import failed_generation, generation_of
 from hpcinfer.engine.profile import meter_of
+from hpcinfer.engine.requests import RequestBuilder
 from hpcinfer.errors import ConfigError, RowError
 from hpcinfer.models.checkpoint import Checkpoint
 from hpcinfer.models.weights import load_stage
@@ -62,7 +64,9 @@ class Engine:
             meter=meter_of(world.device),
         )
         self._tokenizer = Tokenizer(model) if (Path(model) / "tokenizer.json").is_file() else None
+        self._replica.stop_texts = StopTexts(self._tokenizer) if self._tokenizer else None
         self._vocab_size = config.vocab_size
+        self._requests = RequestBuilder(self._tokenizer, config.vocab_size)
         self._queue_depth = _QUEUE_DEPTH * engine.max_sequences
 
     @property
@@ -107,7 +111,7 @@ class Engine:
         try:
             token_ids = self._token_ids(prompt)
             made = [
-                Request(row=row, sample=sample, prompt_token_ids=token_ids, sampling=sampling)
+                self._requests.build(row=row, sample=sample, prompt_token_ids=token_ids, sampling=sampling)
                 for sample in range(sampling.n)
             ]
             self._replica.scheduler.refuse(made[0])

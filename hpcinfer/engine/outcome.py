@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hpcinfer.data.stop_text import final_text
 from hpcinfer.data.tokenize import Tokenizer
 from hpcinfer.request import Generation, Status
 from hpcinfer.scheduler.scheduler import EndedSequence
@@ -18,7 +19,7 @@ def generation_of(ended: EndedSequence, tokenizer: Tokenizer | None) -> Generati
         status=Status.PARTIAL if ended.is_cut_short else Status.OK,
         finish_reason=ended.reason,
         token_ids=ended.output_token_ids,
-        text=tokenizer.decode(ended.output_token_ids) if tokenizer else "",
+        text=final_text(tokenizer, ended.output_token_ids, request.sampling) if tokenizer else "",
         num_prompt_tokens=len(request.prompt_token_ids),
     )
 

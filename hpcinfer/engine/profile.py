@@ -20,6 +20,7 @@ from hpcinfer.models.base import StageInputs, StageModel
 from hpcinfer.parallel.agree import agree
 from hpcinfer.parallel.segments import run_to_end
 from hpcinfer.request import Request, SamplingParams
+from hpcinfer.sampling.history import History
 from hpcinfer.sampling.sampler import SamplingBatch, sample
 from hpcinfer.scheduler.limits import SchedulerLimits
 from hpcinfer.units import format_bytes
@@ -147,9 +148,10 @@ def _compute(model: StageModel, limits: SchedulerLimits, step: MicroBatch) -> No
     inputs = StageInputs.from_microbatch(step, block_size=limits.block_size, device=model.device, hidden=hidden)
     output = run_to_end(model.forward(inputs, kv))
     if model.is_last:
-        # Every filter is on: the most that a draw holds.
-        request = Request(
-            row=0, prompt_token_ids=np.zeros(1, np.int32), sampling=SamplingParams(temperature=1.0, top_k=50, top_p=0.9, min_p=0.01)
-        )
-        sample(output, SamplingBatch.of((request, position) for position in range(step.num_entries)))
+        # Every filter is on, and logits are edited: the most that a draw holds.
+        sampling = SamplingParams(temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.1)
+        request = Request(row=0, prompt_token_ids=np.zeros(1, np.int32), sampling=sampling)
+        history = History(request)
+        history.advance([0])
+        sample(output, SamplingBatch.of((request, position, history) for position in range(step.num_entries)))
     model.forget_expert_load()

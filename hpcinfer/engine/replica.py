@@ -12,20 +12,24 @@ from hpcinfer.batch import Step
 from hpcinfer.comm.communicator import Handle
 from hpcinfer.comm.host import Expected, HostChannel
 from hpcinfer.comm.operation import Mark
+from hpcinfer.data.stop_text import StopTexts
 from hpcinfer.engine.worker import PlannedStep, Worker
 from hpcinfer.observe.trace import TICK, Recorder, span
 from hpcinfer.request import Request
+from hpcinfer.sampling.history import History
+from hpcinfer.sampling.processors import Draw
 from hpcinfer.sampling.sampler import SamplingBatch
 from hpcinfer.scheduler.message import TickMessage
 from hpcinfer.scheduler.scheduler import Scheduler
-from hpcinfer.scheduler.sequence import EndedSequence
+from hpcinfer.scheduler.sequence import NO_TOKEN, EndedSequence, Sequence
 
 LEADER = 0
 _NO_DEADLINE = float("inf")
 
 
 class Replica:
-    """One rank of a replica. The leader calls `step()` and at the end `stop()`; the other ranks call `follow()`.
+    """One rank of a replica. The leader calls `step()` and at the end `stop()`; the other ranks call `follow()`. Before requests with
+    stop texts the leader sets `stop_texts`.
 
     Tick n on the leader: wait for the tokens of tick n - lag, broadcast the message of tick n, apply it, schedule, execute.
     The other ranks look ahead: while they compute a step, the message of the next one may arrive; they then schedule it
@@ -51,6 +55,7 @@ class Replica:
     ) -> None:
         self.scheduler = scheduler
         self.expert_load = expert_load
+        self.stop_texts: StopTexts | None = None
         self._worker = worker
         self._control = control
         self._mark = mark or Mark()
@@ -130,6 +135,7 @@ class Replica:
             requests=requests,
             result_ids=ids,
             result_tokens=tokens,
+            stopped_ids=self._stopped(ids, tokens),
             state_hash=self.scheduler.state_hash(),
             give_back=give_back,
             drain=drain,
@@ -145,6 +151,21 @@ class Replica:
         ids = [np.array(ids, np.int64) for ids, _ in drawn]
         tokens = [handle.wait().numpy() for _, handle in drawn]
         return np.concatenate([np.empty(0, np.int64), *ids]), np.concatenate([np.empty(0, np.int64), *tokens])
+
+    def _stopped(self, ids: np.ndarray, tokens: np.ndarray) -> tuple[int, ...]:
+        """The sequences whose new token ends a stop text."""
+        if self.stop_texts is None:
+            return ()
+        stopped = []
+        for sequence_id, token in zip(ids.tolist(), tokens.tolist(), strict=True):
+            sequence = self.scheduler.find(sequence_id)
+            if sequence is not None and sequence.request.sampling.stop and token not in NO_TOKEN:
+                if sequence.stop_watch is None:
+                    output = sequence.tokens[sequence.num_prompt_tokens :]
+                    sequence.stop_watch = self.stop_texts.watch(sequence.request.sampling, output)
+                if sequence.stop_watch.add(token):
+                    stopped.append(sequence_id)
+        return tuple(stopped)
 
     def _take(self, message: TickMessage) -> tuple[list[EndedSequence], PlannedStep | None]:
         """Apply a message, schedule, and post what the step will receive."""
@@ -170,7 +191,18 @@ class Replica:
             return None
         sequences = (self.scheduler.sequence(number) for number in drawn)
         # Whatever of the tokens before is known: the next one's position is the number of those that are computed.
-        return SamplingBatch.of((sequence.request, sequence.num_computed) for sequence in sequences)
+        draws = [Draw(sequence.request, sequence.num_computed, _history(sequence)) for sequence in sequences]
+        return SamplingBatch.of(draws, self.scheduler.limits.eos_token_ids)
+
+
+def _history(sequence: Sequence) -> History | None:
+    """What the sampler knows of a sequence up to now, where its logits are edited."""
+    if not sequence.edits_logits:
+        return None
+    if sequence.history is None:
+        sequence.history = History(sequence.request)
+    sequence.history.advance(sequence.tokens)
+    return sequence.history
 
 
 class _LookAhead:

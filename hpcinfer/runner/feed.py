@@ -11,6 +11,7 @@ from hpcinfer.data.ledger.claims import Claim, Ledger, NoClaim
 from hpcinfer.data.prompts.prompt_row import PromptRow, PromptsReader, sampling_for
 from hpcinfer.data.tokenize import Tokenizer
 from hpcinfer.engine.outcome import failed_generation
+from hpcinfer.engine.requests import RequestBuilder
 from hpcinfer.errors import RowError
 from hpcinfer.request import Generation, Request, SamplingParams
 from hpcinfer.runner.ahead import Ahead
@@ -62,7 +63,7 @@ class RowFeed:
         self._tokenizer = tokenizer
         self._sampling = sampling
         self._refuse = refuse
-        self._vocab_size = vocab_size
+        self._builder = RequestBuilder(tokenizer, vocab_size)
         self._limit = limit
         self._ahead: Ahead[Request | Generation] = Ahead(_num_bytes, max_items=_MOST_AHEAD, max_bytes=_MOST_AHEAD_BYTES)
         self._num_open = 0
@@ -157,15 +158,9 @@ class RowFeed:
             if isinstance(token_ids, RowError):
                 raise token_ids
             num_tokens = len(token_ids)
-            if num_tokens and int(token_ids.max()) >= self._vocab_size:
-                raise RowError(f"token id {int(token_ids.max())} is not in the model's vocabulary of {self._vocab_size}")
             token_ids = self._limit.fit(token_ids, sampling.max_tokens) if self._limit else token_ids
-            request = Request(
-                row=row.row,
-                sample=sample,
-                prompt_token_ids=token_ids,
-                sampling=sampling,
-                output_token_ids=np.empty(0, np.int32) if earlier is None else earlier,
+            request = self._builder.build(
+                row=row.row, sample=sample, prompt_token_ids=token_ids, sampling=sampling, output_token_ids=earlier
             )
             self._refuse(request)
         except RowError as error:

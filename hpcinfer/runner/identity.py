@@ -10,6 +10,11 @@ from typing import Any
 from hpcinfer.config.job import JobConfig
 from hpcinfer.data.ledger.rounds import NO_TRUNCATION
 from hpcinfer.errors import CheckpointError
+from hpcinfer.request import SamplingParams
+
+_FIRST_FIELDS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop_token_ids", "ignore_eos")
+"""Fields of SamplingParams that every run directory has. Later ones are left out where they have their default, so that runs that
+were begun before they existed can go on."""
 
 _WINDOW_BYTES = 4096
 _WINDOWS = 64
@@ -35,13 +40,13 @@ def model_facts(job: JobConfig, dtype: str) -> dict[str, Any]:
 
 def sampling_facts(job: JobConfig, max_context: int) -> dict[str, Any]:
     """Fields of the sampling that change the answers; `n` is the run's own (it sets the number of output rows)."""
-    facts = dataclasses.asdict(job.sampling)
+    facts, defaults = (dataclasses.asdict(sampling) for sampling in (job.sampling, SamplingParams()))
     del facts["n"]
-    facts["max_context"] = max_context
-    # Only where they are given: directories of earlier versions do not have them.
-    facts |= {"max_prompt_tokens": job.data.max_prompt_tokens} if job.data.max_prompt_tokens else {}
-    facts |= {"truncate": job.data.truncate} if job.data.truncate != NO_TRUNCATION else {}
-    return facts
+    kept = {name: value for name, value in facts.items() if name in _FIRST_FIELDS or value != defaults[name]}
+    kept["max_context"] = max_context
+    kept |= {"max_prompt_tokens": job.data.max_prompt_tokens} if job.data.max_prompt_tokens else {}
+    kept |= {"truncate": job.data.truncate} if job.data.truncate != NO_TRUNCATION else {}
+    return kept
 
 
 def _digest(files: list[Path]) -> str:

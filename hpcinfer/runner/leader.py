@@ -19,6 +19,7 @@ from hpcinfer.data.ledger.rounds import WriterRounds
 from hpcinfer.data.ledger.run_directory import RunDirectory
 from hpcinfer.data.ledger.selection import select_rows
 from hpcinfer.data.ledger.segments import SegmentPolicy, SegmentWriter, segment_limit
+from hpcinfer.data.stop_text import StopTexts
 from hpcinfer.data.ledger.writers import Leaving, Writer, WriterIdentity, register_writer, writer_ids
 from hpcinfer.engine.replica import Replica
 from hpcinfer.launch.env import LaunchEnvironment
@@ -130,6 +131,7 @@ def _loop(
     ledger = Ledger(run, writer.id, liveness, coverage, retry_s=job.run.retry_s)
     num_writers = len(writer_ids(run))
     tokenizer = job_tokenizer(job)
+    replica.stop_texts = StopTexts(tokenizer) if tokenizer else None
     feed = RowFeed(
         ledger, reader, tokenizer, job.sampling,
         refuse=replica.scheduler.refuse, vocab_size=checked.model.vocab_size,

@@ -22,7 +22,8 @@ from hpcinfer.data.ledger.selection import select_rows
 from hpcinfer.data.tokenize import Tokenizer
 from hpcinfer.engine.replica_plan import ReplicaPlan
 from hpcinfer.engine.memory import context_limit
-from hpcinfer.errors import ConfigError
+from hpcinfer.engine.requests import RequestBuilder
+from hpcinfer.errors import ConfigError, RowError
 from hpcinfer.layers.experts import check_packed
 from hpcinfer.launch.env import LaunchEnvironment
 from hpcinfer.launch.walltime import job_end_s
@@ -65,6 +66,7 @@ def check_job(job: JobConfig, world_size: int, environment: LaunchEnvironment) -
     prompt_limit(job, context_limit(model, job.engine))
     checkpoint = Checkpoint(job.model.path)
     check_tensors(checkpoint, model_class(model), model)
+    _check_sampling(job, model)
     with open_job_prompts(job) as reader:
         if reader.kind == "text":
             Tokenizer(job.model.path)
@@ -74,6 +76,15 @@ def check_job(job: JobConfig, world_size: int, environment: LaunchEnvironment) -
             mesh=mesh, model=model, checkpoint=checkpoint, num_rows=reader.num_rows, started=started,
             ends_s=job_end_s(environment),
         )
+
+
+def _check_sampling(job: JobConfig, model: ModelConfig) -> None:
+    """Raise ConfigError where the job's own sampling would fail every row."""
+    needs_text = job.sampling.stop or job.sampling.bad_words
+    try:
+        RequestBuilder(job_tokenizer(job) if needs_text else None, model.vocab_size).check(job.sampling)
+    except RowError as error:
+        raise ConfigError(f"[sampling] cannot be done with {job.model.path}: {error}", fix="correct the job's [sampling]") from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 
 from hpcinfer.kernels.draw import draw, invert
-from hpcinfer.request import NOT_A_TOKEN, Request
+from hpcinfer.request import NO_TOKEN_LEFT, NOT_A_TOKEN, Request
+from hpcinfer.sampling.history import History
 from hpcinfer.sampling.logits import on_device, probabilities
+from hpcinfer.sampling.processors import Draw, Edit, edits_of
 from hpcinfer.sampling.rng import keyed_uniform
 
 
@@ -31,6 +33,8 @@ class SamplingBatch:
     """float64 [S]."""
     uniforms: np.ndarray
     """float64 [S]: the keyed draw of each; unused where greedy."""
+    edits: tuple[Edit, ...] = ()
+    """What changes the logits before all of it, in order."""
 
     @property
     def is_filtered(self) -> np.ndarray:
@@ -38,10 +42,16 @@ class SamplingBatch:
         return (self.temperature > 0) & ((self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0))
 
     @classmethod
-    def of(cls, draws: Iterable[tuple[Request, int]]) -> SamplingBatch:
-        """From (request, position of the token to draw, counted from the start of the prompt) of each sequence."""
-        draws = list(draws)
-        params = [request.sampling for request, _ in draws]
+    def of(
+        cls, draws: Iterable[Draw | tuple[Request, int] | tuple[Request, int, History | None]], eos_token_ids: frozenset[int] = frozenset()
+    ) -> SamplingBatch:
+        """From the draw of each sequence.
+
+        Args:
+            eos_token_ids: the model's own, which min_tokens rules out.
+        """
+        draws = [Draw(*draw) for draw in draws]
+        params = [draw.request.sampling for draw in draws]
         return cls(
             temperature=np.array([p.temperature for p in params], np.float64),
             top_k=np.array([p.top_k for p in params], np.int64),
@@ -49,10 +59,11 @@ class SamplingBatch:
             min_p=np.array([p.min_p for p in params], np.float64),
             uniforms=keyed_uniform(
                 np.array([p.seed for p in params], np.uint64),
-                np.array([request.row for request, _ in draws], np.uint64),
-                np.array([request.sample for request, _ in draws], np.uint64),
-                np.array([position for _, position in draws], np.uint64),
+                np.array([draw.request.row for draw in draws], np.uint64),
+                np.array([draw.request.sample for draw in draws], np.uint64),
+                np.array([draw.position for draw in draws], np.uint64),
             ),
+            edits=edits_of(draws, eos_token_ids),
         )
 
 
@@ -62,12 +73,26 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     Waits for no device: which rows are filtered is known on the host.
 
     Args:
-        logits: float32 [S, V].
+        logits: float32 [S, V]; they stay as they are.
         batch: parameters and draws of the S rows.
 
     Returns:
-        int64 [S] on the device of `logits`; NOT_A_TOKEN where the logits are not numbers.
+        int64 [S] on the device of `logits`; NOT_A_TOKEN where the logits are not numbers, NO_TOKEN_LEFT where the batch's edits
+        leave none.
     """
+    if not batch.edits:
+        return _draw(logits, batch)
+    edited = logits.clone()
+    for edit in batch.edits:
+        edit.apply(edited)
+    tokens = _draw(edited, batch)
+    # Asked of the logits before the edits: what is not a number may have been ruled out, and is a failure all the same.
+    numbers = logits.amax(dim=-1).isfinite()
+    return torch.where(numbers, tokens.where(tokens != NOT_A_TOKEN, NO_TOKEN_LEFT), NOT_A_TOKEN)
+
+
+def _draw(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    """float32 [S, V], edited -> int64 [S]."""
     filtered = np.flatnonzero(batch.is_filtered)
     # Filtered rows are drawn below; here they are only looked at for what is not a number.
     temperature = np.where(batch.is_filtered, 0.0, batch.temperature)

@@ -23,6 +23,8 @@ class TickMessage:
     """int64 [S]: sequences whose token of tick - lag is told here."""
     result_tokens: np.ndarray
     """int64 [S]: those tokens."""
+    stopped_ids: tuple[int, ...] = ()
+    """Those of these sequences that the token ends with a stop text: the leader alone can read."""
     state_hash: int
     """Hash of the leader's scheduler before this message; another value on any rank is an error."""
     give_back: bool = False

@@ -16,13 +16,13 @@ import numpy as np
 
 from hpcinfer.batch import Step
 from hpcinfer.errors import ConfigError, ReplicaDivergedError, RowError
-from hpcinfer.request import NOT_A_TOKEN, FinishReason, Request
+from hpcinfer.request import FinishReason, Request
 from hpcinfer.scheduler.balance import is_shared, share, step_tokens
 from hpcinfer.scheduler.lanes import LanePages
 from hpcinfer.scheduler.limits import SchedulerCounters, SchedulerLimits
 from hpcinfer.scheduler.message import TickMessage
 from hpcinfer.scheduler.microbatch import build_microbatch
-from hpcinfer.scheduler.sequence import EndedSequence, Sequence
+from hpcinfer.scheduler.sequence import NO_TOKEN, EndedSequence, Sequence
 from hpcinfer.scheduler.work import Piece, Work, divide, drawing, goes_on
 
 
@@ -77,6 +77,10 @@ class Scheduler:
     def sequence(self, sequence_id: int) -> Sequence:
         return self._by_id[sequence_id]
 
+    def find(self, sequence_id: int) -> Sequence | None:
+        """A sequence that waits or runs; None where it has ended."""
+        return self._by_id.get(sequence_id)
+
     def refuse(self, request: Request) -> None:
         """Raise where `request` could never run within the limits, whatever else runs.
 
@@ -127,7 +131,7 @@ class Scheduler:
         self.pages.advance(self._tick)
         while self._in_flight and self._in_flight[0].tick <= self._tick - self.limits.num_in_flight:
             self._in_flight.popleft()
-        ended = self._take_results(message.result_ids, message.result_tokens)
+        ended = self._take_results(message.result_ids, message.result_tokens, message.stopped_ids)
         for request in message.requests:
             self._enqueue(request)
         if message.give_back or message.drain:
@@ -168,8 +172,8 @@ class Scheduler:
         self._waiting.append(sequence)
         self._digest = zlib.crc32(np.array(sequence.tokens, np.int32).tobytes(), self._digest)
 
-    def _take_results(self, ids: np.ndarray, tokens: np.ndarray) -> list[EndedSequence]:
-        self._digest = zlib.crc32(tokens.tobytes(), zlib.crc32(ids.tobytes(), self._digest))
+    def _take_results(self, ids: np.ndarray, tokens: np.ndarray, stopped: tuple[int, ...]) -> list[EndedSequence]:
+        self._digest = zlib.crc32(ids.tobytes() + tokens.tobytes() + repr(stopped).encode(), self._digest)
         ended = []
         for sequence_id, token in zip(ids.tolist(), tokens.tolist(), strict=True):
             sequence = self._by_id.get(sequence_id)
@@ -177,12 +181,13 @@ class Scheduler:
                 self.counters.dropped_tokens += 1
                 continue
             sequence.num_awaited -= 1
-            if token == NOT_A_TOKEN:
-                error = f"the model's logits are not finite numbers after {sequence.num_output_tokens} output tokens"
+            if token in NO_TOKEN:
+                error = f"{NO_TOKEN[token]} after {sequence.num_output_tokens} output tokens"
                 ended.append(self._end(sequence, FinishReason.NONE, error))
                 continue
             sequence.tokens.append(token)
             reason = sequence.finish_reason(self.limits.eos_token_ids, self.limits.max_context)
+            reason = FinishReason.STOP if sequence_id in stopped else reason
             if reason is not FinishReason.NONE:
                 ended.append(self._end(sequence, reason))
         return ended
@@ -265,8 +270,8 @@ class Scheduler:
         if sequence.num_computed < len(sequence.tokens):
             return True
         return (
-            self.limits.run_ahead and sequence.num_awaited == 1 and sequence.drawn_at[0] == sequence.owner
-            and not sequence.ends_with_awaited(self.limits.max_context)
+            self.limits.run_ahead and not sequence.needs_history and sequence.num_awaited == 1
+            and sequence.drawn_at[0] == sequence.owner and not sequence.ends_with_awaited(self.limits.max_context)
         )
 
     def _choose_prefills(self, work: Work, budgets: list[int]) -> None:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import array
 import dataclasses
+from typing import Any
 
 import numpy as np
 
-from hpcinfer.request import FinishReason, Request
+from hpcinfer.request import NO_TOKEN_LEFT, NOT_A_TOKEN, FinishReason, Request
 
 NEVER = -(10**9)
+NO_TOKEN = {
+    NOT_A_TOKEN: "the model's logits are not finite numbers",
+    NO_TOKEN_LEFT: "every token is ruled out by bad_words, logit_bias or min_tokens",
+}
+"""What may come in the place of a token -> why its row fails."""
 
 
 class Sequence:
@@ -17,7 +23,7 @@ class Sequence:
 
     __slots__ = (
         "id", "request", "tokens", "num_prompt_tokens", "num_computed", "prefill_end", "owner", "is_shared", "tables",
-        "last_tick", "num_awaited", "drawn_at", "num_preemptions",
+        "last_tick", "num_awaited", "drawn_at", "num_preemptions", "edits_logits", "needs_history", "history", "stop_watch",
     )
 
     def __init__(self, sequence_id: int, request: Request, *, num_lanes: int = 1) -> None:
@@ -43,6 +49,13 @@ class Sequence:
         self.drawn_at = (0, 0)
         """Lane of the last of them, and its place among the tokens that this lane draws in that step."""
         self.num_preemptions = 0
+        self.edits_logits = request.edits_logits
+        self.needs_history = request.needs_history
+        # Kept by single ranks, functions of request and tokens that can be made again at any time; no decision reads them.
+        self.history: Any = None
+        """On the rank that draws for it: what its logits processors have counted (`sampling.history.History`)."""
+        self.stop_watch: Any = None
+        """On the leader: what has been read of its text (`data.stop_text.StopWatch`)."""
 
     @property
     def num_to_compute(self) -> int:

@@ -20,7 +20,10 @@ from tests.mpi import rank_env
 
 SAMPLINGS = {
     "greedy": [],
-    "sampled": ["sampling.temperature=1.0", "sampling.top_p=0.95", "sampling.n=2", "sampling.seed=7"],
+    "sampled": [
+        "sampling.temperature=1.0", "sampling.top_p=0.95", "sampling.n=2", "sampling.seed=7", "sampling.repetition_penalty=1.1",
+        'sampling.bad_words=["ab"]', 'sampling.stop=["77", "zz"]', "sampling.min_tokens=2",
+    ],
 }
 # Small commits and little in work at once, so that a kill finds rows committed, in memory and not begun.
 SLOW = ["run.segment_s=0.2", "run.heartbeat_s=0.5", "engine.max_sequences=12", "run.linger_s=20"]

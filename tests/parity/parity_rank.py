@@ -100,7 +100,8 @@ def run_layout(
 
 def request_of(row: dict) -> Request:
     return Request(
-        row=row["row"], prompt_token_ids=np.array(row["prompt"], np.int32), sampling=SamplingParams(**row["sampling"])
+        row=row["row"], prompt_token_ids=np.array(row["prompt"], np.int32), sampling=SamplingParams(**row["sampling"]),
+        bad_words_token_ids=tuple(map(tuple, row["bad_words"])),
     )
 
 

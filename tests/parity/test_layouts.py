@@ -17,6 +17,7 @@ from hpcinfer.sampling.rng import keyed_uniform
 from tests.checkpoints import VARIANTS, load_reference, make_variant
 from tests.mpi import NCCL_STAND_IN, run_ranks
 from tests.parity.layouts import LAYOUTS, layouts_of
+from tests.processors import by_transformers
 
 # 20 pages of 4 tokens a lane for sequences that reach 49 tokens, and microbatches of 16 tokens for prompts of up to 37:
 # preemption and chunked prefill must happen in every layout.
@@ -91,12 +92,19 @@ def check_counters(name: str, counters: dict[str, int]) -> None:
 
 
 def make_rows(vocab_size: int) -> list[dict]:
+    """Half of the rows draw from the model's logits, the others from edited ones: those that no end of sequence cuts short."""
     rng = np.random.default_rng(5)
+    edits = {
+        1: {"min_tokens": 6}, 2: {"presence_penalty": 1.5, "frequency_penalty": 0.5}, 6: {"repetition_penalty": 1.4},
+        4: {"logit_bias": {token: 1.0 for token in range(0, vocab_size, 3)}}, 8: {"repetition_penalty": 0.8, "min_tokens": 3},
+    }
+    never_twice = [[token, token] for token in range(vocab_size)] + [[token] for token in range(1, vocab_size, 5)]
     return [
         {
             "row": row,
             "prompt": rng.integers(3, vocab_size, length).tolist(),
-            "sampling": {"max_tokens": MAX_TOKENS, "ignore_eos": row % 2 == 0},
+            "sampling": {"max_tokens": MAX_TOKENS, "ignore_eos": row % 2 == 0, **edits.get(row, {})},
+            "bad_words": never_twice if row == 0 else [],
         }
         for row, length in enumerate(PROMPT_LENS)
     ]
@@ -119,10 +127,11 @@ def check_row(reference, row: dict, results: dict[str, np.ndarray], name: str) -
     prompt, tokens = row["prompt"], results[f"{name}/tokens/{row['row']}"].tolist()
     with torch.no_grad():
         logits = reference(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
-    for position, token in enumerate(tokens):
-        gap = (logits[position].max() - logits[position, token]).item()
-        assert gap < MARGIN, f"{name}, row {row['row']}: token {token} at {position} is {gap} below the reference's best"
     eos = reference.config.eos_token_id
+    for position, token in enumerate(tokens):
+        scores = by_transformers(logits[position : position + 1], prompt, tokens[:position], row, ends=[eos])[0]
+        gap = (scores.max() - scores[token]).item()
+        assert gap < MARGIN, f"{name}, row {row['row']}: token {token} at {position} is {gap} below the reference's best"
     ended = not row["sampling"]["ignore_eos"] and tokens[-1] == eos
     assert ended or len(tokens) == MAX_TOKENS
     assert row["sampling"]["ignore_eos"] or eos not in tokens[:-1]

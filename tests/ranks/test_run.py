@@ -48,6 +48,7 @@ def write_prompts(path: Path, prompts, overrides=None) -> Path:
         (["data.prompts=absent.h5"], ["absent.h5"]),
         (["data.prompts=datasets/demo/prompts.jsonl"], ["prompts.jsonl"]),
         (["data.dataset=nothing"], ["nothing"]),
+        (["sampling.logit_bias={ 5000 = 1 }"], ["token id 5000", "vocabulary of 263", "[sampling]"]),
     ],
 )
 def test_a_misfit_is_one_report_and_nothing_is_made(settings, words, tmp_path):

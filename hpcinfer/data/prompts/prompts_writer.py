@@ -127,6 +127,7 @@ class PromptsWriter:
                 raise ValueError(f"it is longer than {MAX_ROW_BYTES} bytes")
             stored_id = None if id is None else id.encode()
             given = {key: schema.sampling_value(key, value) for key, value in overrides.items()} if overrides else {}
+            columns = {key: _as_column(key, value) for key, value in given.items()}
             encoded = {key: schema.encode_json(value) for key, value in meta.items()} if meta else {}
         except (TypeError, ValueError, OverflowError, RecursionError, ConfigError) as error:
             raise DataError(f"row {row} cannot be stored", found=schema.one_line(error)) from error
@@ -136,7 +137,7 @@ class PromptsWriter:
             self._prompts.append(stored)
             if stored_id is not None:
                 self._id_column(row).put(row, stored_id)
-            for key, value in given.items():
+            for key, value in columns.items():
                 self._put_override(key, row, value)
             for key, value in encoded.items():
                 self._meta_column(key, row).put(row, value)
@@ -166,7 +167,7 @@ class PromptsWriter:
                 self._overrides[name] = _PackedColumn(self._file.create_group(name), "json", row)
             else:
                 self._overrides[name] = _NumberColumn(self._file, column, row)
-        self._overrides[name].put(row, schema.encode_json(value) if column.dtype == "json" else value)
+        self._overrides[name].put(row, value)
 
     def _check_when_committing(self) -> None:
         if self._is_finished:
@@ -194,6 +195,11 @@ class PromptsWriter:
         if self.num_rejected is not None:
             self._file.attrs[schema.REJECTED] = self.num_rejected
         self._is_finished = True
+
+
+def _as_column(name: str, value: Any) -> Any:
+    """A sampling value as its column stores it."""
+    return schema.encode_json(value) if schema.SAMPLING_COLUMNS[name].dtype == "json" else value
 
 
 def _as_text(prompt: str | bytes) -> bytes:

@@ -95,6 +95,8 @@ def sampling_value(name: str, value: Any) -> Any:
         return value
     if dtype == "json" and column.items is None:
         return value
+    if column.items is str and isinstance(value, str):
+        return (value,)
     if dtype == "json" and isinstance(value, list | tuple) and all(type(item) is column.items for item in value):
         return tuple(value)
     wanted = {

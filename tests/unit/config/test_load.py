@@ -29,6 +29,15 @@ def test_overrides_reach_any_key(tmp_path):
     assert load_job(path, ["data.output=1\nx = '2'"]).data.output == "1\nx = '2'"
 
 
+def test_texts_and_biases_of_a_job(tmp_path):
+    path = tmp_path / "job.toml"
+    tables = '[sampling]\nstop = ["\\n\\n", "END"]\n[sampling.logit_bias]\n50 = -100\n"7" = -inf\n'
+    path.write_text('[model]\npath = "m"\n[data]\nprompts = "p"\noutput = "o"\n' + tables)
+    sampling = load_job(path, ['sampling.bad_words=["a b"]']).sampling
+    assert (sampling.stop, sampling.bad_words, sampling.logit_bias) == (("\n\n", "END"), ("a b",), {7: -float("inf"), 50: -100.0})
+    assert load_job(path, ["sampling.logit_bias={3 = 1.5}"]).sampling.logit_bias == {3: 1.5}
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -40,6 +49,11 @@ def test_overrides_reach_any_key(tmp_path):
         (["sampling.top_p=1.5"], "at most 1"),
         (["sampling.ignore_eos=1"], "true or false"),
         (["sampling.stop_token_ids=3"], "a list of whole numbers"),
+        (["sampling.stop=END"], "a list of texts"),
+        (["sampling.stop=['']"], "not empty"),
+        (["sampling.logit_bias={x = 1}"], "token ids of 0 or more"),
+        (["sampling.logit_bias={3 = 'much'}"], "a number"),
+        (["sampling.repetition_penalty=0"], "above 0"),
         (["model.dtype=int8"], "float32, bfloat16, float16, auto"),
         (["engine.kv_memory=lots"], "not a size"),
         (["run.max_failed=some"], "a share"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import os
@@ -53,6 +54,24 @@ def test_json_lines(tmp_path):
     assert not (tmp_path / "out.h5.rejected.jsonl").exists()
 
 
+def test_json_lines_with_every_kind_of_sampling(tmp_path):
+    content = (
+        '{"prompt": "one", "stop": "END", "bad_words": ["x y"], "logit_bias": {"7": -100, "3": 1.5}, "presence_penalty": 1}\n'
+        '{"prompt": "two", "stop": null, "bad_words": null, "logit_bias": null, "repetition_penalty": null}\n'
+        '{"prompt": "three", "stop": ["a", "é"], "include_stop_str_in_output": true, "min_tokens": 200, "logit_bias": {}}\n'
+    )
+    summary, rows, _ = run(tmp_path, content)
+    assert (summary.num_rows, summary.num_rejected) == (3, 0)
+    job = SamplingParams(max_tokens=300, stop="of the job", repetition_penalty=1.5, logit_bias={1: 2.0})
+    assert sampling_for(rows[0], job) == dataclasses.replace(
+        job, stop=("END",), bad_words=("x y",), logit_bias={3: 1.5, 7: -100.0}, presence_penalty=1.0
+    )
+    assert sampling_for(rows[1], job) == job
+    assert sampling_for(rows[2], job) == dataclasses.replace(
+        job, stop=("a", "é"), include_stop_str_in_output=True, min_tokens=200, logit_bias={}
+    )
+
+
 BAD_LINES = [
     ("not json", "not valid JSON"),
     ('{"prompt": "x"', "not valid JSON"),
@@ -73,6 +92,12 @@ BAD_LINES = [
     ('{"prompt": "x", "max_tokens": 0}', "max_tokens"),
     ('{"prompt": "x", "seed": 99999999999999999999}', "seed"),
     ('{"prompt": "x", "stop_token_ids": "12"}', "stop_token_ids"),
+    ('{"prompt": "x", "stop": [""]}', "stop"),
+    ('{"prompt": "x", "stop": ["lone \\ud800"]}', "surrogates"),
+    ('{"prompt": "x", "bad_words": [1]}', "bad_words"),
+    ('{"prompt": "x", "logit_bias": {"-1": 1}}', "logit_bias"),
+    ('{"prompt": "x", "logit_bias": {"1": "much"}}', "logit_bias"),
+    ('{"prompt": "x", "repetition_penalty": 0}', "repetition_penalty"),
     ('{"prompt": "x", "n": ' + "9" * 5000 + "}", "not valid JSON"),
     ("[" * 100_000, "not valid JSON"),
     (b'{"prompt": "\xff"}', "not valid UTF-8"),

@@ -25,6 +25,11 @@ OVERRIDES = st.fixed_dictionaries(
         "seed": st.integers(0, 2**63 - 1),
         "ignore_eos": st.booleans(),
         "stop_token_ids": st.lists(st.integers(0, 2**31 - 1), max_size=4),
+        "stop": st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=5), max_size=3),
+        "bad_words": st.lists(st.sampled_from(["a", " b c", "ü"]), max_size=2),
+        "min_tokens": st.integers(0, 2**31 - 1),
+        "presence_penalty": st.floats(-2, 2),
+        "logit_bias": st.dictionaries(st.integers(0, 2**31 - 1), st.floats(-100, 100), max_size=3),
     },
 )
 UNICODE = st.characters(exclude_categories=["Cs"])
@@ -225,6 +230,8 @@ def test_every_sampling_field_but_n_has_a_column():
     assert set(schema.SAMPLING_COLUMNS) == {field.name for field in dataclasses.fields(SamplingParams)} - {"n"}
     dtypes = {name: column.dtype for name, column in schema.SAMPLING_COLUMNS.items()}
     assert dtypes["temperature"] == "f8" and dtypes["seed"] == "i8" and dtypes["ignore_eos"] == "i1"
+    assert dtypes["include_stop_str_in_output"] == "i1" and dtypes["min_tokens"] == "i8" and dtypes["repetition_penalty"] == "f8"
+    assert dtypes["logit_bias"] == "json" and schema.SAMPLING_COLUMNS["stop"].items is schema.SAMPLING_COLUMNS["bad_words"].items is str
     assert dtypes["stop_token_ids"] == "json" and schema.SAMPLING_COLUMNS["stop_token_ids"].items is int
 
 
@@ -232,6 +239,8 @@ def test_every_sampling_field_but_n_has_a_column():
     ("name", "value"),
     [("max_tokens", 1.5), ("max_tokens", True), ("max_tokens", 2**63), ("temperature", "hot"), ("temperature", True),
      ("ignore_eos", 1), ("stop_token_ids", "12"), ("stop_token_ids", [True]), ("stop_token_ids", [1.0]),
+     ("stop", [1]), ("stop", ""), ("bad_words", {"a": 1}), ("logit_bias", [1]), ("logit_bias", {"a": 1}), ("logit_bias", "x"),
+     ("presence_penalty", 3), ("min_tokens", -1),
      ("max_tokens", float("nan")), ("max_tokens", 0), ("temperature", float("nan")), ("top_p", 2)],
 )  # fmt: skip
 def test_wrong_sampling_values(name, value):

@@ -39,12 +39,17 @@ def next_token(prefix: list[int]) -> int:
     return EOS if digest % 11 == 0 else 10 + digest % 90
 
 
+def ends_text(wanted: Request, token: int) -> bool:
+    """The simulated tokenizer: which tokens complete a stop text."""
+    return bool(wanted.sampling.stop) and token % 17 == 0
+
+
 def reference(wanted: Request, max_context: int = 100) -> list[int]:
     tokens = wanted.prompt_token_ids.tolist()
     output: list[int] = []
     while True:
         output.append(next_token(tokens + output))
-        ended = output[-1] == EOS and not wanted.sampling.ignore_eos
+        ended = (output[-1] == EOS and not wanted.sampling.ignore_eos) or ends_text(wanted, output[-1])
         if ended or len(output) == wanted.sampling.max_tokens or len(tokens + output) >= max_context:
             return output
 
@@ -77,8 +82,10 @@ class SimulatedReplica:
 
     def step(self, requests: list[Request] = (), *, give_back: bool = False, drain: bool = False) -> list[EndedSequence]:
         ids, tokens = self.results.pop(self.tick - self.limits.lag, ([], []))
+        known = {id: self.scheduler.find(id) for id in ids}
+        stopped = [id for id, token in zip(ids, tokens, strict=True) if known[id] and ends_text(known[id].request, token)]
         message = TickMessage(
-            tick=self.tick, requests=tuple(requests), result_ids=np.array(ids, np.int64),
+            tick=self.tick, requests=tuple(requests), result_ids=np.array(ids, np.int64), stopped_ids=tuple(stopped),
             result_tokens=np.array(tokens, np.int64), state_hash=self.scheduler.state_hash(), give_back=give_back, drain=drain,
         )
         ended = [scheduler.apply(message) for scheduler in [*self.schedulers, self.follower]]
@@ -173,7 +180,7 @@ class SimulatedReplica:
             prefix = self.pages[lane, table[positions // size] * size + positions % size].tolist()
             known = sequence.tokens[:length]
             assert prefix[: len(known)] == known, "a page was overwritten or never written"
-            assert length - len(known) <= self.limits.run_ahead
+            assert length - len(known) <= (self.limits.run_ahead and not sequence.needs_history)
             for position in range(len(known), length):
                 assert prefix[position] == next_token(prefix[:position]), "another sequence's token"
             assert not batch.samples[index] or length == sequence.num_computed >= len(sequence.tokens)

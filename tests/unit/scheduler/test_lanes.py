@@ -41,7 +41,9 @@ def workload(seed: int, lanes: int, lag: int, two_batch: bool) -> tuple[Schedule
     for row in range(6 + 3 * lanes):
         length = int(rng.choice([rng.integers(1, 6), rng.integers(5, 12 if outgrows else 45)]))
         max_tokens = int(rng.integers(30, 60) if outgrows else rng.integers(1, 30))
-        wanted = request(row // 2, length, max_tokens=max_tokens, ignore_eos=outgrows or bool(rng.integers(2)))
+        # A third of them draw by what came before, and wait for it also when running ahead; others have stop texts.
+        kind = ({}, {"presence_penalty": 0.5}, {} if outgrows else {"stop": "x"})[row // 2 % 3]
+        wanted = request(row // 2, length, max_tokens=max_tokens, ignore_eos=outgrows or bool(rng.integers(2)), **kind)
         earlier = reference(wanted)[:-1][: int(rng.integers(0, 8)) * int(rng.integers(2))]
         output = np.array(earlier, np.int32)
         requests.append(dataclasses.replace(wanted, row=row, sample=row % 2, output_token_ids=output))

@@ -87,6 +87,29 @@ def test_running_ahead_every_sequence_is_in_every_step_and_its_last_token_is_dro
     assert len(replica.steps) == max(outputs)
 
 
+def test_running_ahead_a_draw_by_history_waits_for_its_tokens_and_the_others_do_not():
+    replica = SimulatedReplica(limits(**AHEAD, num_blocks=400))
+    requests = [request(row, 4, max_tokens=20, ignore_eos=True, presence_penalty=0.5 * (row % 2)) for row in range(8)]
+    ended = run(replica, requests)
+    assert [ended[row].output_token_ids.tolist() for row in range(8)] == [reference(wanted) for wanted in requests]
+    in_steps = np.bincount([number for batch in replica.batches for number in batch.sequence_ids])
+    assert in_steps.tolist() == [20] * 8 and replica.tick in (40, 41), "those that wait are in every second step"
+    assert {len(batch.sequence_ids) for batch in replica.batches[:10]} == {4, 8}
+
+
+@pytest.mark.parametrize("in_flight", [{"lag": 1}, {"lag": 3}, AHEAD])
+def test_a_stop_text_ends_a_sequence_with_the_token_that_completes_it(in_flight):
+    replica = SimulatedReplica(limits(**in_flight, num_blocks=60))
+    requests = [request(row, 4, max_tokens=40, ignore_eos=True, stop="x" if row % 2 else ()) for row in range(12)]
+    ended = run(replica, requests)
+    assert [ended[row].output_token_ids.tolist() for row in range(12)] == [reference(wanted) for wanted in requests]
+    stopped = [row for row in ended if ended[row].reason is FinishReason.STOP]
+    assert len(stopped) > 2 and all(row % 2 and ended[row].output_token_ids[-1] % 17 == 0 for row in stopped)
+    while replica.results:
+        replica.step()
+    check_empty(replica)
+
+
 def test_running_ahead_a_failed_token_ends_its_sequence_alone():
     replica = SimulatedReplica(limits(**AHEAD))
     requests = [request(row, 5, max_tokens=10, ignore_eos=True) for row in range(4)]

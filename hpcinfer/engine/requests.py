@@ -1,0 +1,79 @@
+"""From a prompt and its sampling to a request, with all that can be found wrong before it runs."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hpcinfer.data.tokenize import Tokenizer
+from hpcinfer.errors import RowError
+from hpcinfer.request import Request, SamplingParams
+
+_KEPT = 256
+"""Lists of bad words whose token ids are kept: most rows have the job's."""
+
+
+class RequestBuilder:
+    """Makes the requests of one model.
+
+    Args:
+        tokenizer: None where the model has none; what needs text is then refused.
+        vocab_size: token ids must be below it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._bad_words: dict[tuple[str, ...], tuple[tuple[int, ...], ...]] = {}
+
+    def build(
+        self,
+        *,
+        row: int,
+        sample: int = 0,
+        prompt_token_ids: np.ndarray,
+        sampling: SamplingParams,
+        output_token_ids: np.ndarray | None = None,
+    ) -> Request:
+        """The request; `output_token_ids` are those of an earlier life.
+
+        Raises:
+            RowError: a token id outside the vocabulary, or sampling that this model cannot do.
+        """
+        if len(prompt_token_ids) and int(prompt_token_ids.max()) >= self._vocab_size:
+            raise RowError(f"token id {int(prompt_token_ids.max())} is not in the model's vocabulary of {self._vocab_size}")
+        self.check(sampling)
+        return Request(
+            row=row,
+            sample=sample,
+            prompt_token_ids=prompt_token_ids,
+            sampling=sampling,
+            output_token_ids=np.empty(0, np.int32) if output_token_ids is None else output_token_ids,
+            bad_words_token_ids=self._token_ids_of(sampling.bad_words) if sampling.bad_words else (),
+        )
+
+    def check(self, sampling: SamplingParams) -> None:
+        """Raise RowError where a request with this sampling could not be run."""
+        if sampling.min_tokens > sampling.max_tokens:
+            raise RowError(f"min_tokens = {sampling.min_tokens} is more than max_tokens = {sampling.max_tokens}")
+        highest = max(sampling.logit_bias, default=0)
+        if highest >= self._vocab_size:
+            raise RowError(f"logit_bias for token id {highest}, which is not in the model's vocabulary of {self._vocab_size}")
+        if self._tokenizer is None and (sampling.stop or sampling.bad_words):
+            raise RowError(f"{'stop' if sampling.stop else 'bad_words'} needs text, and the model folder has no tokenizer.json")
+        if sampling.bad_words:
+            self._token_ids_of(sampling.bad_words)
+
+    def _token_ids_of(self, bad_words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+        """The token ids of each word, as it is inside a word and as it is at the start of one."""
+        known = self._bad_words.get(bad_words)
+        if known is None:
+            if len(self._bad_words) >= _KEPT:
+                self._bad_words.clear()
+            known = self._bad_words[bad_words] = tuple(dict.fromkeys(ids for word in bad_words for ids in self._forms(word)))
+        return known
+
+    def _forms(self, word: str) -> list[tuple[int, ...]]:
+        forms = [tuple(self._tokenizer.encode_plain(start + word.lstrip()).tolist()) for start in ("", " ")]
+        if not all(forms):
+            raise RowError(f"the bad word {word!r} has no tokens")
+        return forms
