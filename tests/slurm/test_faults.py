@@ -25,7 +25,8 @@ from tests.waiting import until
 
 NUM_ROWS = 130
 ROUNDS = 5
-"""Of each kind in `make test-full`, and one of one kind in CI: the first one while the ranks start, the others in one quarter each of `GENERATION_S`."""
+"""Of each kind in `make test-full`, and one of one kind in CI: round 0 while the ranks start, the others in one quarter each of
+`GENERATION_S`."""
 STARTING_S, GENERATION_S = 6.0, 10.0
 STANDSTILL_S = RunSection().heartbeat_s
 """The ranks left alone finish a step at least so often: with less, the heartbeat of an ordinary run would miss no beat. (Here heartbeats
