@@ -29,14 +29,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     if config.getoption("full"):
-        return f"long matrices: all cases, rotation {_rotation(config)!r}"
-    return f"long matrices: one case in {ROTATION_SHARE}, rotation {_rotation(config)!r} (--rotation SEED repeats it)"
+        return f"long matrices: all cases, rotation {rotation_of(config)!r}"
+    return f"long matrices: one case in {ROTATION_SHARE}, rotation {rotation_of(config)!r} (--rotation SEED repeats it)"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("full"):
         return
-    rotation = _rotation(config)
+    rotation = rotation_of(config)
     dropped = [item for item in items if item.get_closest_marker("full") and not _in_turn(item.nodeid, rotation)]
     if dropped:
         config.hook.pytest_deselected(items=dropped)
@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def rotation(pytestconfig) -> str:
     """The seed of what is drawn anew for every commit; `--rotation` repeats it."""
-    return _rotation(pytestconfig)
+    return rotation_of(pytestconfig)
 
 
 def _in_turn(nodeid: str, rotation: str) -> bool:
@@ -54,7 +54,8 @@ def _in_turn(nodeid: str, rotation: str) -> bool:
     return digest[0] % ROTATION_SHARE == 0
 
 
-def _rotation(config: pytest.Config) -> str:
+def rotation_of(config: pytest.Config) -> str:
+    """The seed of what is drawn anew for every commit; `--rotation` repeats it."""
     chosen = config.getoption("rotation") or os.environ.get("HPCINFER_TEST_ROTATION")
     if chosen:
         return chosen

@@ -14,6 +14,7 @@ from hpcinfer.config.job import RunSection
 from hpcinfer.data.ledger.run_directory import create_or_open
 from hpcinfer.data.ledger.writers import WriterIdentity, register_writer
 from tests.faults.shim.harness import identity
+from tests.conftest import rotation_of
 from tests.runs import assert_same, read_outputs, run_demo
 from tests.slow_runs import write_job
 from tests.slurm import cluster as slurm_cluster
@@ -24,7 +25,8 @@ from tests.waiting import until
 
 NUM_ROWS = 130
 ROUNDS = 5
-"""Of each kind in `make test-full`: the first one while the ranks start, the others in one quarter each of `GENERATION_S`."""
+"""Of each kind in `make test-full`, and one of one kind in CI: round 0 while the ranks start, the others in one quarter each of
+`GENERATION_S`."""
 STARTING_S, GENERATION_S = 6.0, 10.0
 STANDSTILL_S = RunSection().heartbeat_s
 """The ranks left alone finish a step at least so often: with less, the heartbeat of an ordinary run would miss no beat. (Here heartbeats
@@ -32,8 +34,12 @@ are written every 0.2 s, so that they can be seen.)"""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "number" in metafunc.fixturenames:
-        metafunc.parametrize("number", range(ROUNDS) if metafunc.config.getoption("full") else [None])
+    """All rounds of all kinds, or (in CI) one round of the kind whose turn it is."""
+    if "fault" in metafunc.fixturenames:
+        rounds = [(fault, number) for fault in FAULTS for number in range(ROUNDS)]
+        if not metafunc.config.getoption("full"):
+            rounds = [random.Random(rotation_of(metafunc.config)).choice(rounds)]
+        metafunc.parametrize(("fault", "number"), rounds)
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +78,11 @@ def nodes(seven_nodes) -> Iterator[slurm_cluster.Cluster]:
     wait_for(lambda: {state.rstrip("*") for state in seven_nodes.node_states().values()} == {"idle"})
 
 
-@pytest.mark.full
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("fault", list(FAULTS))
 def test_the_others_go_on(fault, number, nodes, workplace, job, undisturbed, rotation, pytestconfig):
     seed = f"{rotation} {fault} {number}"
     print(f"seed {seed!r}")  # of a failed round; pytest shows it
     rng = random.Random(seed)
-    number = rng.randrange(ROUNDS) if number is None else number
     tp = 2 if fault == "other node down" else 1 + (number + list(FAULTS).index(fault)) % 2
     found = {"fault": fault, "round": number, "seed": seed, "layout": f"tp{tp}", "passed": False, "problem": ""}
     try:
