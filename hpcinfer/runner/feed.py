@@ -14,6 +14,7 @@ from hpcinfer.engine.outcome import failed_generation
 from hpcinfer.engine.requests import RequestBuilder
 from hpcinfer.errors import RowError
 from hpcinfer.request import Generation, Request, SamplingParams
+from hpcinfer.sampling.grammar import Grammars
 
 _TOKENIZE_ROWS = 64
 """Rows given to the tokenizer at a time: enough for its threads, few enough for memory."""
@@ -34,6 +35,7 @@ class RowFeed:
         sampling: of the job; a row may override it.
         refuse: raises RowError for a request that can never run (too long for the context or the K/V cache).
         vocab_size: token ids of prompts must be below it.
+        grammars: of the replica, for constraints.
     """
 
     def __init__(
@@ -45,13 +47,14 @@ class RowFeed:
         *,
         refuse: Callable[[Request], None],
         vocab_size: int,
+        grammars: Grammars | None = None,
     ) -> None:
         self._ledger = ledger
         self._reader = reader
         self._tokenizer = tokenizer
         self._sampling = sampling
         self._refuse = refuse
-        self._builder = RequestBuilder(tokenizer, vocab_size)
+        self._builder = RequestBuilder(tokenizer, vocab_size, grammars)
         self._open: Iterator[Request | Generation] = iter(())
         self.state: NoClaim | None = None
         """Why the last `take` came back short; None while rows flow."""
@@ -65,7 +68,7 @@ class RowFeed:
             idle: nothing of this writer is in work or waits to be committed.
 
         Raises:
-            ConfigError: a row that this start's K/V cache cannot hold.
+            ConfigError: a row that this start's K/V cache cannot hold, or with a structure and llguidance is not installed.
         """
         requests: list[Request] = []
         failed: list[Generation] = []

@@ -127,7 +127,7 @@ def _loop(
     replica.stop_texts = StopTexts(tokenizer) if tokenizer else None
     feed = RowFeed(
         ledger, reader, tokenizer, job.sampling,
-        refuse=replica.scheduler.refuse, vocab_size=checked.model.vocab_size,
+        refuse=replica.scheduler.refuse, vocab_size=checked.model.vocab_size, grammars=replica.grammars,
     )
     return ReplicaLoop(
         replica=replica,
