@@ -12,7 +12,7 @@ setup: $(STAMP)
 $(STAMP): setup.cfg constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("hpcinfer needs Python 3.11 or newer; run make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[mpich,tables,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[mpich,structured,tables,dev]'
 	touch $@
 
 demo: setup

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +18,22 @@ NOT_A_TOKEN = -1
 """Drawn where a model's logits are not numbers; the row fails and the others go on."""
 NO_TOKEN_LEFT = -2
 """Drawn where every token is ruled out, by bad words and the like; the row fails and the others go on."""
+END_WITHOUT_TOKEN = -3
+"""Drawn where a structure is complete and no end of sequence may follow it; the row ends."""
+
+
+class Constraint(NamedTuple):
+    """What the text of a row has to be."""
+
+    kind: str
+    """One of CONSTRAINT_KINDS."""
+    text: str
+    """A JSON schema, a regular expression, a JSON list of texts, or a grammar."""
+
+
+CONSTRAINT_KINDS = ("json", "regex", "choice", "grammar")
+STRUCTURED_FIELDS = tuple(f"structured_{kind}" for kind in CONSTRAINT_KINDS)
+"""Their fields in SamplingParams; at most one is given."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,12 +77,26 @@ class SamplingParams:
     bad_words: tuple[str, ...] = ()
     """Texts that are not generated, at the start of a word as well as inside one: the token that would complete one is ruled out.
     Needs a tokenizer. Default none."""
+    structured_json: str = ""
+    """The text is JSON that fulfils this JSON schema (the text of an object). Needs a tokenizer and llguidance, as the other three; a
+    row has at most one of them, and its own replaces the job's. max_tokens may cut a structure short. Default "": free text."""
+    structured_regex: str = ""
+    """The whole text matches this regular expression, of Rust's regex: no look-around, no back-references. Default "": free text."""
+    structured_choice: tuple[str, ...] = ()
+    """The text is one of these. Default none: free text."""
+    structured_grammar: str = ""
+    """The text is in the language of this context-free grammar, written for Lark or for llama.cpp (GBNF). Default "": free text."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_token_ids", tuple(int(i) for i in self.stop_token_ids or ()))
         object.__setattr__(self, "stop", _texts(self.stop))
         object.__setattr__(self, "bad_words", _texts(self.bad_words))
         object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
+        object.__setattr__(self, "structured_json", _schema_text(self.structured_json))
+        object.__setattr__(self, "structured_choice", _texts(self.structured_choice))
+        for name in ("structured_regex", "structured_grammar"):
+            object.__setattr__(self, name, "" if getattr(self, name) is None else getattr(self, name))
+        given = tuple(name for name in STRUCTURED_FIELDS if getattr(self, name))
         rules = (
             (1 <= self.max_tokens < 2**31, "max_tokens", self.max_tokens, "at least 1, below 2**31"),
             (0.0 <= self.temperature < float("inf"), "temperature", self.temperature, "0 or more"),
@@ -81,6 +112,11 @@ class SamplingParams:
             (-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", self.presence_penalty, "from -2 to 2"),
             (-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", self.frequency_penalty, "from -2 to 2"),
             (all(type(i) is str and i.strip() for i in self.bad_words), "bad_words", self.bad_words, "texts that are not blank"),
+            (all(type(i) is str for i in self.structured_choice), "structured_choice", self.structured_choice, "texts"),
+            (type(self.structured_json) is str, "structured_json", self.structured_json, "a text"),
+            (type(self.structured_regex) is str, "structured_regex", self.structured_regex, "a text"),
+            (type(self.structured_grammar) is str, "structured_grammar", self.structured_grammar, "a text"),
+            (len(given) <= 1, given[0] if given else "", f"... beside {', '.join(given[1:])}", "the only structure"),
         )
         for holds, name, value, allowed in rules:
             if not holds:
@@ -91,10 +127,30 @@ class SamplingParams:
         """Whether a draw depends on which tokens there are before it, and how often."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
+    @property
+    def is_structured(self) -> bool:
+        """Whether the text has a constraint."""
+        return any(getattr(self, name) for name in STRUCTURED_FIELDS)
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What the text has to be; None leaves it free."""
+        for kind, name in zip(CONSTRAINT_KINDS, STRUCTURED_FIELDS, strict=True):
+            if value := getattr(self, name):
+                return Constraint(kind, value if isinstance(value, str) else json.dumps(value))
+        return None
+
 
 def _texts(value: Any) -> tuple[str, ...]:
     """One text, several or None, as a tuple."""
     return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+def _schema_text(value: Any) -> Any:
+    """The compact text of a JSON schema that may have come as an object; what is neither stays."""
+    if value is None:
+        return ""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")) if isinstance(value, Mapping | bool) else value
 
 
 def _bias(value: Any) -> dict[int, float]:
@@ -134,7 +190,7 @@ class FinishReason(enum.IntEnum):
     NONE = 0
     """Not ended (a partial row) or never begun (a failed row)."""
     STOP = 1
-    """A stop token: one of the model's end-of-sequence ids or of `stop_token_ids`; or a text of `stop`."""
+    """A stop token: one of the model's end-of-sequence ids or of `stop_token_ids`; or a text of `stop`; or a structure is complete."""
     LENGTH = 2
     """`max_tokens`, or the model's context, was reached."""
 
@@ -168,7 +224,8 @@ class Request:
     @property
     def needs_history(self) -> bool:
         """Whether a draw depends on the tokens before it by more than the model: it is then not computed ahead of them."""
-        return self.sampling.counts_tokens or any(len(ids) > 1 for ids in self.bad_words_token_ids)
+        sampling = self.sampling
+        return sampling.counts_tokens or sampling.is_structured or any(len(ids) > 1 for ids in self.bad_words_token_ids)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

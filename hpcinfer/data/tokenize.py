@@ -71,6 +71,15 @@ class Tokenizer:
         """Number of token ids, added tokens included."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def largest_id(self) -> int:
+        """The largest token id; ids may have gaps."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    def to_json(self) -> str:
+        """As tokenizer.json has it, with all special tokens marked, for libraries that read it themselves."""
+        return self._tokenizer.to_str()
+
     def token_id(self, token: str) -> int | None:
         """The id of a token by its text, or None."""
         return self._tokenizer.token_to_id(token)

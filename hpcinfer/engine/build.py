@@ -25,6 +25,8 @@ from hpcinfer.pipeline.graphs import CudaGraph, DecodeGraphs, Graph, decode_buck
 from hpcinfer.pipeline.runner import StageRunner
 from hpcinfer.pipeline.transfer import StageLinks
 from hpcinfer.pipeline.watch import SegmentWatch
+from hpcinfer.sampling.grammar import Grammars
+from hpcinfer.sampling.masks import TokenMasks
 from hpcinfer.scheduler.balance import share
 from hpcinfer.scheduler.limits import SchedulerLimits
 from hpcinfer.scheduler.scheduler import Scheduler
@@ -39,6 +41,7 @@ def build_replica(
     recorder: Recorder | None = None,
     meter: Meter | None = None,
     make_graph: Callable[[], Graph] | None = None,
+    grammars: Grammars | None = None,
 ) -> Replica:
     """Make the stage, give it its weights by `load`, allocate the pages. Collective over the replica.
 
@@ -47,6 +50,7 @@ def build_replica(
         recorder: gets what this rank does from now on.
         meter: measures what the largest step leaves free for pages; None keeps the computed number.
         make_graph: what captures decode steps; by default CUDA graphs where the plan has them.
+        grammars: constraints of the model's texts; None where no request has one.
     """
     dtype = getattr(torch, plan.dtype)
     with clock.phase("load"):
@@ -72,7 +76,8 @@ def build_replica(
         )
     return Replica(
         worker=worker, scheduler=Scheduler(limits, lane), control=groups.control, mark=groups.mark, recorder=recorder,
-        expert_load=model.expert_load,
+        expert_load=model.expert_load, grammars=grammars,
+        masks=TokenMasks(grammars, plan.device) if grammars is not None and groups.mesh.is_sampler else None,
     )
 
 

@@ -26,6 +26,7 @@ from hpcinfer.observe.metrics import PhaseClock
 from hpcinfer.parallel.groups import build_groups
 from hpcinfer.parallel.mesh import Mesh
 from hpcinfer.request import Generation, Request, SamplingParams
+from hpcinfer.sampling.grammar import Grammars
 
 _QUEUE_DEPTH = 2
 """Requests kept ready, as a multiple of the sequences in work."""
@@ -59,14 +60,15 @@ class Engine:
         )
         checkpoint = Checkpoint(model)
         self.clock = PhaseClock()
+        self._tokenizer = Tokenizer(model) if (Path(model) / "tokenizer.json").is_file() else None
+        grammars = Grammars(lambda: self._tokenizer, vocab_size=config.vocab_size, eos_token_ids=config.eos_token_ids)
         self._replica = build_replica(
             plan, groups, clock=self.clock, load=lambda stage: load_stage(stage, checkpoint, world),
-            meter=meter_of(world.device),
+            meter=meter_of(world.device), grammars=grammars,
         )
-        self._tokenizer = Tokenizer(model) if (Path(model) / "tokenizer.json").is_file() else None
         self._replica.stop_texts = StopTexts(self._tokenizer) if self._tokenizer else None
         self._vocab_size = config.vocab_size
-        self._requests = RequestBuilder(self._tokenizer, config.vocab_size)
+        self._requests = RequestBuilder(self._tokenizer, config.vocab_size, grammars)
         self._queue_depth = _QUEUE_DEPTH * engine.max_sequences
 
     @property

@@ -16,7 +16,9 @@ from hpcinfer.data.stop_text import StopTexts
 from hpcinfer.engine.worker import PlannedStep, Worker
 from hpcinfer.observe.trace import TICK, Recorder, span
 from hpcinfer.request import Request
+from hpcinfer.sampling.grammar import Grammars
 from hpcinfer.sampling.history import History
+from hpcinfer.sampling.masks import Matching, TokenMasks
 from hpcinfer.sampling.processors import Draw
 from hpcinfer.sampling.sampler import SamplingBatch
 from hpcinfer.scheduler.message import TickMessage
@@ -41,6 +43,8 @@ class Replica:
         mark: names the tick in reports of the control channel.
         recorder: gets the time spent on messages and schedules.
         expert_load: see `StageModel.expert_load`.
+        masks: of rows with constraints, on a rank that draws; without them the text of all rows is free.
+        grammars: for the leader, which checks constraints.
     """
 
     def __init__(
@@ -52,10 +56,14 @@ class Replica:
         mark: Mark | None = None,
         recorder: Recorder | None = None,
         expert_load: Callable[[], dict[int, np.ndarray]] = dict,
+        masks: TokenMasks | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.expert_load = expert_load
         self.stop_texts: StopTexts | None = None
+        self.grammars = grammars
+        self._masks = masks
         self._worker = worker
         self._control = control
         self._mark = mark or Mark()
@@ -117,6 +125,8 @@ class Replica:
     def close(self) -> None:
         """Let go of what holds operations of communicators, before they are closed."""
         self._worker.close()
+        if self._masks is not None:
+            self._masks.close()
 
     def _leave(self) -> None:
         """The end, on every rank. They part together: one that is stuck is missed here, by a wait with a deadline."""
@@ -189,10 +199,11 @@ class Replica:
         drawn = self._worker.drawn_here(step)
         if not drawn:
             return None
-        sequences = (self.scheduler.sequence(number) for number in drawn)
+        sequences = [self.scheduler.sequence(number) for number in drawn]
         # Whatever of the tokens before is known: the next one's position is the number of those that are computed.
         draws = [Draw(sequence.request, sequence.num_computed, _history(sequence)) for sequence in sequences]
-        return SamplingBatch.of(draws, self.scheduler.limits.eos_token_ids)
+        masks = self._masks.start((_matching(sequence), sequence.tokens) for sequence in sequences) if self._masks else None
+        return SamplingBatch.of(draws, self.scheduler.limits.eos_token_ids, masks=masks)
 
 
 def _history(sequence: Sequence) -> History | None:
@@ -203,6 +214,13 @@ def _history(sequence: Sequence) -> History | None:
         sequence.history = History(sequence.request)
     sequence.history.advance(sequence.tokens)
     return sequence.history
+
+
+def _matching(sequence: Sequence) -> Matching | None:
+    """The sequence's place in its constraint, if it has one."""
+    if sequence.matching is None and sequence.request.sampling.is_structured:
+        sequence.matching = Matching(sequence.request)
+    return sequence.matching
 
 
 class _LookAhead:

@@ -7,6 +7,7 @@ import numpy as np
 from hpcinfer.data.tokenize import Tokenizer
 from hpcinfer.errors import RowError
 from hpcinfer.request import Request, SamplingParams
+from hpcinfer.sampling.grammar import Grammars
 
 _KEPT = 256
 """Lists of bad words whose token ids are kept: most rows have the job's."""
@@ -18,10 +19,12 @@ class RequestBuilder:
     Args:
         tokenizer: None where the model has none; what needs text is then refused.
         vocab_size: token ids must be below it.
+        grammars: what checks constraints, where it is shared with those that generate under them.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, grammars: Grammars | None = None) -> None:
         self._tokenizer = tokenizer
+        self._grammars = grammars or Grammars(lambda: tokenizer, vocab_size=vocab_size, eos_token_ids=())
         self._vocab_size = vocab_size
         self._bad_words: dict[tuple[str, ...], tuple[tuple[int, ...], ...]] = {}
 
@@ -38,6 +41,7 @@ class RequestBuilder:
 
         Raises:
             RowError: a token id outside the vocabulary, or sampling that this model cannot do.
+            ConfigError: structured output without llguidance.
         """
         if len(prompt_token_ids) and int(prompt_token_ids.max()) >= self._vocab_size:
             raise RowError(f"token id {int(prompt_token_ids.max())} is not in the model's vocabulary of {self._vocab_size}")
@@ -52,7 +56,7 @@ class RequestBuilder:
         )
 
     def check(self, sampling: SamplingParams) -> None:
-        """Raise RowError where a request with this sampling could not be run."""
+        """Raise RowError where a request with this sampling could not be run, ConfigError where a library for it is missing."""
         if sampling.min_tokens > sampling.max_tokens:
             raise RowError(f"min_tokens = {sampling.min_tokens} is more than max_tokens = {sampling.max_tokens}")
         highest = max(sampling.logit_bias, default=0)
@@ -62,6 +66,8 @@ class RequestBuilder:
             raise RowError(f"{'stop' if sampling.stop else 'bad_words'} needs text, and the model folder has no tokenizer.json")
         if sampling.bad_words:
             self._token_ids_of(sampling.bad_words)
+        if sampling.is_structured:
+            self._grammars.check(sampling.constraint)
 
     def _token_ids_of(self, bad_words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         """The token ids of each word, as it is inside a word and as it is at the start of one."""

@@ -38,12 +38,13 @@ from hpcinfer.observe.trace import Recorder, span
 from hpcinfer.parallel.agree import agree_or_raise
 from hpcinfer.parallel.groups import ReplicaGroups, build_groups
 from hpcinfer.runner.leader import lead, registered
-from hpcinfer.runner.preflight import CheckedJob, check_job, open_run
+from hpcinfer.runner.preflight import CheckedJob, check_job, job_tokenizer, open_run
 from hpcinfer.runner.progress import LoadProgress
 from hpcinfer.runner.replica_loop import LoopFigures, check_failures
 from hpcinfer.runner.summary import RunSummary, expert_balance
 from hpcinfer.runner.tracing import recording
 from hpcinfer.runner.trial import estimate
+from hpcinfer.sampling.grammar import Grammars
 from hpcinfer.units import format_count
 
 _REASONS_SHOWN = 5
@@ -167,6 +168,9 @@ def _generate(
                 plan, groups, clock=clock, recorder=recorder,
                 load=lambda stage: load_stage(stage, checked.checkpoint, world, progress=loading.update),
                 meter=meter_of(world.device, num_ranks=world.num_device_ranks),
+                grammars=Grammars(
+                    lambda: job_tokenizer(job), vocab_size=checked.model.vocab_size, eos_token_ids=checked.model.eos_token_ids
+                ),
             )
         limits = replica.scheduler.limits
         log.info(

@@ -16,6 +16,7 @@ from hpcinfer.errors import RowError
 from hpcinfer.request import Generation, Request, SamplingParams
 from hpcinfer.runner.ahead import Ahead
 from hpcinfer.runner.prompt_limit import PromptLimit
+from hpcinfer.sampling.grammar import Grammars
 
 _TOKENIZE_ROWS = 64
 """Rows given to the tokenizer at a time: enough for its threads, few enough for memory."""
@@ -45,6 +46,7 @@ class RowFeed:
         limit: what becomes of too long prompts; None leaves them to `refuse`.
         refuse: raises RowError for a request that can never run (too long for the context or the K/V cache). Called in the thread.
         vocab_size: token ids of prompts must be below it.
+        grammars: of the replica, for constraints.
     """
 
     def __init__(
@@ -57,13 +59,14 @@ class RowFeed:
         refuse: Callable[[Request], None],
         vocab_size: int,
         limit: PromptLimit | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         self._ledger = ledger
         self._reader = reader
         self._tokenizer = tokenizer
         self._sampling = sampling
         self._refuse = refuse
-        self._builder = RequestBuilder(tokenizer, vocab_size)
+        self._builder = RequestBuilder(tokenizer, vocab_size, grammars)
         self._limit = limit
         self._ahead: Ahead[Request | Generation] = Ahead(_num_bytes, max_items=_MOST_AHEAD, max_bytes=_MOST_AHEAD_BYTES)
         self._num_open = 0
@@ -81,7 +84,7 @@ class RowFeed:
             idle: nothing of this writer is in work or waits to be committed.
 
         Raises:
-            ConfigError: a row that this start's K/V cache cannot hold.
+            ConfigError: a row that this start's K/V cache cannot hold, or with a structure and llguidance is not installed.
             DataError, ResumableError: the prompts cannot be read.
         """
         requests: list[Request] = []

@@ -135,7 +135,7 @@ def _loop(
     feed = RowFeed(
         ledger, reader, tokenizer, job.sampling,
         refuse=replica.scheduler.refuse, vocab_size=checked.model.vocab_size,
-        limit=prompt_limit(job, replica.scheduler.limits.max_context),
+        limit=prompt_limit(job, replica.scheduler.limits.max_context), grammars=replica.grammars,
     )
     return ReplicaLoop(
         replica=replica,

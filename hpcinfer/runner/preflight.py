@@ -80,9 +80,10 @@ def check_job(job: JobConfig, world_size: int, environment: LaunchEnvironment) -
 
 def _check_sampling(job: JobConfig, model: ModelConfig) -> None:
     """Raise ConfigError where the job's own sampling would fail every row."""
-    needs_text = job.sampling.stop or job.sampling.bad_words
+    sampling = job.sampling
+    tokenizer = job_tokenizer(job) if sampling.stop or sampling.bad_words or sampling.is_structured else None
     try:
-        RequestBuilder(job_tokenizer(job) if needs_text else None, model.vocab_size).check(job.sampling)
+        RequestBuilder(tokenizer, model.vocab_size).check(sampling)
     except RowError as error:
         raise ConfigError(f"[sampling] cannot be done with {job.model.path}: {error}", fix="correct the job's [sampling]") from error
 

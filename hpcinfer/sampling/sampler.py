@@ -15,6 +15,7 @@ from hpcinfer.kernels.draw import draw, invert
 from hpcinfer.request import NO_TOKEN_LEFT, NOT_A_TOKEN, Request
 from hpcinfer.sampling.history import History
 from hpcinfer.sampling.logits import on_device, probabilities
+from hpcinfer.sampling.masks import PendingMasks
 from hpcinfer.sampling.processors import Draw, Edit, edits_of
 from hpcinfer.sampling.rng import keyed_uniform
 
@@ -35,6 +36,8 @@ class SamplingBatch:
     """float64 [S]: the keyed draw of each; unused where greedy."""
     edits: tuple[Edit, ...] = ()
     """What changes the logits before all of it, in order."""
+    masks: PendingMasks | None = None
+    """The tokens that constraints allow, where any row has one."""
 
     @property
     def is_filtered(self) -> np.ndarray:
@@ -43,12 +46,17 @@ class SamplingBatch:
 
     @classmethod
     def of(
-        cls, draws: Iterable[Draw | tuple[Request, int] | tuple[Request, int, History | None]], eos_token_ids: frozenset[int] = frozenset()
+        cls,
+        draws: Iterable[Draw | tuple[Request, int] | tuple[Request, int, History | None]],
+        eos_token_ids: frozenset[int] = frozenset(),
+        *,
+        masks: PendingMasks | None = None,
     ) -> SamplingBatch:
         """From the draw of each sequence.
 
         Args:
             eos_token_ids: the model's own, which min_tokens rules out.
+            masks: of those that have a constraint.
         """
         draws = [Draw(*draw) for draw in draws]
         params = [draw.request.sampling for draw in draws]
@@ -64,6 +72,7 @@ class SamplingBatch:
                 np.array([draw.position for draw in draws], np.uint64),
             ),
             edits=edits_of(draws, eos_token_ids),
+            masks=masks,
         )
 
 
@@ -78,17 +87,20 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
 
     Returns:
         int64 [S] on the device of `logits`; NOT_A_TOKEN where the logits are not numbers, NO_TOKEN_LEFT where the batch's edits
-        leave none.
+        and masks leave none, END_WITHOUT_TOKEN where a constraint wants the row to end.
     """
-    if not batch.edits:
+    if not batch.edits and batch.masks is None:
         return _draw(logits, batch)
     edited = logits.clone()
     for edit in batch.edits:
         edit.apply(edited)
+    if batch.masks is not None:
+        batch.masks.apply(edited)
     tokens = _draw(edited, batch)
     # Asked of the logits before the edits: what is not a number may have been ruled out, and is a failure all the same.
     numbers = logits.amax(dim=-1).isfinite()
-    return torch.where(numbers, tokens.where(tokens != NOT_A_TOKEN, NO_TOKEN_LEFT), NOT_A_TOKEN)
+    tokens = torch.where(numbers, tokens.where(tokens != NOT_A_TOKEN, NO_TOKEN_LEFT), NOT_A_TOKEN)
+    return tokens if batch.masks is None else batch.masks.settle(tokens)
 
 
 def _draw(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:

@@ -182,8 +182,8 @@ class Scheduler:
                 continue
             sequence.num_awaited -= 1
             if token in NO_TOKEN:
-                error = f"{NO_TOKEN[token]} after {sequence.num_output_tokens} output tokens"
-                ended.append(self._end(sequence, FinishReason.NONE, error))
+                error = NO_TOKEN[token] and f"{NO_TOKEN[token]} after {sequence.num_output_tokens} output tokens"
+                ended.append(self._end(sequence, FinishReason.NONE if error else FinishReason.STOP, error))
                 continue
             sequence.tokens.append(token)
             reason = sequence.finish_reason(self.limits.eos_token_ids, self.limits.max_context)

@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from hpcinfer.request import NO_TOKEN_LEFT, NOT_A_TOKEN, FinishReason, Request
+from hpcinfer.request import END_WITHOUT_TOKEN, NO_TOKEN_LEFT, NOT_A_TOKEN, FinishReason, Request
 
 NEVER = -(10**9)
 NO_TOKEN = {
     NOT_A_TOKEN: "the model's logits are not finite numbers",
-    NO_TOKEN_LEFT: "every token is ruled out by bad_words, logit_bias or min_tokens",
+    NO_TOKEN_LEFT: "every token is ruled out by bad_words, logit_bias, min_tokens or structured output",
+    END_WITHOUT_TOKEN: "",
 }
-"""What may come in the place of a token -> why its row fails."""
+"""What may come in the place of a token -> why its row fails; "" where it is complete."""
 
 
 class Sequence:
@@ -24,6 +25,7 @@ class Sequence:
     __slots__ = (
         "id", "request", "tokens", "num_prompt_tokens", "num_computed", "prefill_end", "owner", "is_shared", "tables",
         "last_tick", "num_awaited", "drawn_at", "num_preemptions", "edits_logits", "needs_history", "history", "stop_watch",
+        "matching",
     )
 
     def __init__(self, sequence_id: int, request: Request, *, num_lanes: int = 1) -> None:
@@ -56,6 +58,8 @@ class Sequence:
         """On the rank that draws for it: what its logits processors have counted (`sampling.history.History`)."""
         self.stop_watch: Any = None
         """On the leader: what has been read of its text (`data.stop_text.StopWatch`)."""
+        self.matching: Any = None
+        """On the rank that draws for it: its place in its constraint (`sampling.masks.Matching`)."""
 
     @property
     def num_to_compute(self) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hpcinfer.errors import ConfigError, HpcinferError
-from hpcinfer.request import SamplingParams
+from hpcinfer.request import STRUCTURED_FIELDS, SamplingParams
 
 PROMPTS_FORMAT = "hpcinfer-prompts"
 PROMPTS_VERSION = 1
@@ -121,11 +121,13 @@ def checked_overrides(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def apply_overrides(defaults: SamplingParams, overrides: dict[str, Any]) -> SamplingParams:
-    """`defaults` with one row's values in place.
+    """`defaults` with one row's values in place. What the row says of the structure of its text replaces all that they say.
 
     Raises:
         ConfigError: SamplingParams refuses a value, by range or by type.
     """
+    if defaults.is_structured and not overrides.keys().isdisjoint(STRUCTURED_FIELDS):
+        overrides = dict.fromkeys(STRUCTURED_FIELDS) | overrides
     return _construct(lambda: dataclasses.replace(defaults, **overrides), overrides)
 
 
