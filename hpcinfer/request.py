@@ -195,6 +195,58 @@ class FinishReason(enum.IntEnum):
     """`max_tokens`, or the model's context, was reached."""
 
 
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class TokenLogprobs:
+    """Natural logarithms of the probabilities of T consecutive tokens, and at each place of the k most likely ones.
+
+    They are those of the model's own distribution: before temperature, penalties and filters.
+    """
+
+    chosen: np.ndarray
+    """float32 [T]: of the tokens themselves; NaN where there is none (the first token of a prompt)."""
+    top_ids: np.ndarray
+    """int32 [T, k]: the most likely tokens, the best one first; of equal ones the lowest id. -1 where there are none."""
+    top: np.ndarray
+    """float32 [T, k]: their log-probabilities."""
+
+    @classmethod
+    def empty(cls, num_tokens: int, num_top: int) -> TokenLogprobs:
+        """Of `num_tokens` places of which nothing is known."""
+        return cls(
+            np.full(num_tokens, np.nan, np.float32), np.full((num_tokens, num_top), -1, np.int32),
+            np.full((num_tokens, num_top), np.nan, np.float32),
+        )
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, places: slice) -> TokenLogprobs:
+        return TokenLogprobs(self.chosen[places], self.top_ids[places], self.top[places])
+
+    def followed_by(self, other: TokenLogprobs) -> TokenLogprobs:
+        """These, then those of `other`, which has as many most likely ones."""
+        parts = ((self.chosen, other.chosen), (self.top_ids, other.top_ids), (self.top, other.top))
+        return TokenLogprobs(*map(np.concatenate, parts))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TextScore:
+    """How likely a model finds a text."""
+
+    logprob: float
+    """The sum of the log-probabilities of the scored tokens, natural logarithm."""
+    num_tokens: int
+    """Scored tokens, at least one."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(-logprob / num_tokens); infinite where that is more than a float holds."""
+        try:
+            return math.exp(-self.logprob / self.num_tokens)
+        except OverflowError:
+            return math.inf
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
     """One sequence to generate: a row of the prompts and one of its samples."""
@@ -243,6 +295,14 @@ class Generation:
     num_prompt_tokens: int = 0
     error: str = ""
     """For failed rows: what is wrong with the row, in words."""
+    logprobs: TokenLogprobs | None = None
+    """Of the token_ids, where the row asked for them."""
+    prompt_logprobs: TokenLogprobs | None = None
+    """Of the prompt's tokens, each given those before it, where the row asked for them; of the first there is none."""
+    score: TextScore | None = None
+    """Of a row that was scored."""
+    embedding: np.ndarray | None = None
+    """float32 [D], of a row that was embedded."""
 
     @property
     def key(self) -> tuple[int, int]:

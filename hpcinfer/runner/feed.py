@@ -31,8 +31,8 @@ _MOST_AHEAD_BYTES = 64 * 2**20
 _FAILED_AT_ONCE = 256
 """Rows that cannot be run given back at a time: a stretch of them must not keep the loop from its other duties."""
 
-Pending = dict[int, list[tuple[int, np.ndarray | None]]]
-"""row -> (sample, token ids of an earlier life or None) of what a claim still needs."""
+Pending = dict[int, list[tuple[int, Generation | None]]]
+"""row -> (sample, partial row of an earlier life or None) of what a claim still needs."""
 
 
 class RowFeed:
@@ -153,7 +153,7 @@ class RowFeed:
         return self._tokenizer.encode_batch(texts) if texts else []
 
     def _request(
-        self, row: PromptRow, sample: int, token_ids: np.ndarray | RowError | None, earlier: np.ndarray | None
+        self, row: PromptRow, sample: int, token_ids: np.ndarray | RowError | None, earlier: Generation | None
     ) -> Request | Generation:
         num_tokens = 0
         try:
@@ -163,7 +163,8 @@ class RowFeed:
             num_tokens = len(token_ids)
             token_ids = self._limit.fit(token_ids, sampling.max_tokens) if self._limit else token_ids
             request = self._builder.build(
-                row=row.row, sample=sample, prompt_token_ids=token_ids, sampling=sampling, output_token_ids=earlier
+                row=row.row, sample=sample, prompt_token_ids=token_ids, sampling=sampling,
+                output_token_ids=None if earlier is None else earlier.token_ids,
             )
             self._refuse(request)
         except RowError as error:
