@@ -15,6 +15,18 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """What is read from the last hidden states of a microbatch, beside the logits that tokens are drawn from."""
+
+    targets: np.ndarray
+    """int64 [T]: the token whose log-probability after each token is wanted; -1 where none is."""
+    num_top: int = 0
+    """So many of the most likely tokens have theirs read too."""
+    pools: tuple[tuple[int, int], ...] = ()
+    """First and one past the last of the tokens whose hidden states are added up, for each sum that is wanted."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
     """Entries, each a run of consecutive tokens of one sequence, to be computed by the ranks of one lane.
 
@@ -52,6 +64,9 @@ class MicroBatch:
     where nothing is shared."""
     shared_slots: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
     """int64 [X]: slot (block * block size + offset) in this lane's pages of every lane's shared tokens, lane 0's first."""
+
+    reading: Reading | None = None
+    """Only the last stage looks at it."""
 
     def __post_init__(self) -> None:
         if not self.lane_tokens:
