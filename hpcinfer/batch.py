@@ -10,6 +10,7 @@ lanes together.
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 
@@ -83,6 +84,20 @@ class MicroBatch:
         return len(self.sequence_ids)
 
 
+class Span(NamedTuple):
+    """Consecutive tokens of a sequence."""
+
+    sequence_id: int
+    start: int
+    """Place of the first one."""
+    stop: int
+    """One past the last."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.stop - self.start
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
     """What one tick computes on the ranks of one lane, and what it draws on all of them."""
@@ -92,6 +107,14 @@ class Step:
     """One microbatch, or two that interleave; the same number on every lane."""
     drawing: tuple[tuple[int, ...], ...]
     """For every lane, the sequences for which its sampler draws a token, in the order of its logits."""
+    asked: tuple[tuple[int, ...], ...] = ()
+    """For every lane, the places in `drawing` of those whose token's log-probability is wanted. Empty where none is on any lane."""
+    num_asked_top: int = 0
+    """So many of the most likely tokens have theirs found too, at each of these places."""
+    scored: tuple[tuple[Span, ...], ...] = ()
+    """For every lane, the tokens whose log-probabilities it reads, in the order in which it does. Empty where there are none."""
+    num_scored_top: int = 0
+    """As `num_asked_top`, for these tokens."""
 
     @property
     def num_tokens(self) -> int:

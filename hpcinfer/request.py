@@ -35,6 +35,9 @@ CONSTRAINT_KINDS = ("json", "regex", "choice", "grammar")
 STRUCTURED_FIELDS = tuple(f"structured_{kind}" for kind in CONSTRAINT_KINDS)
 """Their fields in SamplingParams; at most one is given."""
 
+MOST_LOGPROBS = 1000
+"""Most likely tokens whose log-probabilities may be asked for at each place."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
@@ -86,6 +89,11 @@ class SamplingParams:
     """The text is one of these. Default none: free text."""
     structured_grammar: str = ""
     """The text is in the language of this context-free grammar, written for Lark or for llama.cpp (GBNF). Default "": free text."""
+    logprobs: int | None = None
+    """Keep the log-probability of each generated token, and those of so many of the most likely tokens in its place; 0 keeps that of the
+    token alone. They are the model's own: before temperature, penalties and filters. Default: none are kept."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt, each given those before it. Default: none are kept."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_token_ids", tuple(int(i) for i in self.stop_token_ids or ()))
@@ -117,6 +125,8 @@ class SamplingParams:
             (type(self.structured_regex) is str, "structured_regex", self.structured_regex, "a text"),
             (type(self.structured_grammar) is str, "structured_grammar", self.structured_grammar, "a text"),
             (len(given) <= 1, given[0] if given else "", f"... beside {', '.join(given[1:])}", "the only structure"),
+            (_is_count(self.logprobs), "logprobs", self.logprobs, f"from 0 to {MOST_LOGPROBS}"),
+            (_is_count(self.prompt_logprobs), "prompt_logprobs", self.prompt_logprobs, f"from 0 to {MOST_LOGPROBS}"),
         )
         for holds, name, value, allowed in rules:
             if not holds:
@@ -139,6 +149,10 @@ class SamplingParams:
             if value := getattr(self, name):
                 return Constraint(kind, value if isinstance(value, str) else json.dumps(value))
         return None
+
+
+def _is_count(value: int | None) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_LOGPROBS)
 
 
 def _texts(value: Any) -> tuple[str, ...]:
@@ -261,6 +275,10 @@ class Request:
     """int32: tokens that an earlier life generated (a partial row); they count towards max_tokens."""
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     """Token ids of `sampling.bad_words`: of each sequence the last id is ruled out after the others."""
+    output_logprobs: TokenLogprobs | None = None
+    """Of output_token_ids, where `sampling.logprobs` asks for them."""
+    prompt_logprobs: TokenLogprobs | None = None
+    """What an earlier life has found; None where `sampling.prompt_logprobs` asks for them and they are to be found."""
 
     @property
     def key(self) -> tuple[int, int]:
@@ -272,6 +290,11 @@ class Request:
         """Whether something changes the logits before temperature and filters."""
         sampling = self.sampling
         return sampling.counts_tokens or bool(sampling.logit_bias or sampling.min_tokens or self.bad_words_token_ids)
+
+    @property
+    def first_scored(self) -> int | None:
+        """Place of the first token of the prompt whose log-probability is to be found; None where none is."""
+        return 1 if self.sampling.prompt_logprobs is not None and self.prompt_logprobs is None else None
 
     @property
     def needs_history(self) -> bool:

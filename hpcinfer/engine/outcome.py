@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hpcinfer.data.stop_text import final_text
 from hpcinfer.data.tokenize import Tokenizer
+from hpcinfer.engine.findings import Findings
 from hpcinfer.request import Generation, Status
 from hpcinfer.scheduler.scheduler import EndedSequence
 
@@ -13,6 +14,7 @@ def generation_of(ended: EndedSequence, tokenizer: Tokenizer | None) -> Generati
     request = ended.request
     if ended.error:
         return failed_generation(request.row, request.sample, ended.error, len(request.prompt_token_ids))
+    findings = ended.findings or Findings(request)
     return Generation(
         row=request.row,
         sample=request.sample,
@@ -21,6 +23,8 @@ def generation_of(ended: EndedSequence, tokenizer: Tokenizer | None) -> Generati
         token_ids=ended.output_token_ids,
         text=final_text(tokenizer, ended.output_token_ids, request.sampling) if tokenizer else "",
         num_prompt_tokens=len(request.prompt_token_ids),
+        logprobs=findings.of_output(len(ended.output_token_ids)),
+        prompt_logprobs=findings.of_prompt(),
     )
 
 

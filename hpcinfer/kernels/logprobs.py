@@ -7,6 +7,7 @@ nor the number of rows. Shape letters: R rows, V vocabulary, W columns of this r
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from hpcinfer.request import TokenLogprobs
@@ -93,9 +94,14 @@ def _order(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return (ascending.long() << 32) + (0x7FFFFFFF - ids)
 
 
-def unpacked(packed: torch.Tensor) -> TokenLogprobs:
-    """int32 [R, 1 + 2k] in host memory -> its numbers."""
-    numbers = packed.numpy()
-    num_top = (numbers.shape[1] - 1) // 2
-    floats = numbers[:, : 1 + num_top].copy().view("f4")
-    return TokenLogprobs(floats[:, 0], numbers[:, 1 + num_top :].copy(), floats[:, 1:])
+def narrowed(packed: np.ndarray, num_top: int) -> np.ndarray:
+    """int32 [R, 1 + 2k] with the first `num_top` of the k most likely tokens alone, in memory of its own."""
+    most = (packed.shape[1] - 1) // 2
+    return np.concatenate([packed[:, : 1 + num_top], packed[:, 1 + most : 1 + most + num_top]], axis=1)
+
+
+def unpacked(packed: np.ndarray) -> TokenLogprobs:
+    """The numbers in int32 [R, 1 + 2k]."""
+    num_top = (packed.shape[1] - 1) // 2
+    floats = packed[:, : 1 + num_top].copy().view(np.float32)
+    return TokenLogprobs(floats[:, 0], packed[:, 1 + num_top :].copy(), floats[:, 1:])

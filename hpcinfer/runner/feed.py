@@ -163,8 +163,7 @@ class RowFeed:
             num_tokens = len(token_ids)
             token_ids = self._limit.fit(token_ids, sampling.max_tokens) if self._limit else token_ids
             request = self._builder.build(
-                row=row.row, sample=sample, prompt_token_ids=token_ids, sampling=sampling,
-                output_token_ids=None if earlier is None else earlier.token_ids,
+                row=row.row, sample=sample, prompt_token_ids=token_ids, sampling=sampling, earlier=earlier,
             )
             self._refuse(request)
         except RowError as error:

@@ -21,9 +21,9 @@ from hpcinfer.scheduler.balance import is_shared, share, step_tokens
 from hpcinfer.scheduler.lanes import LanePages
 from hpcinfer.scheduler.limits import SchedulerCounters, SchedulerLimits
 from hpcinfer.scheduler.message import TickMessage
-from hpcinfer.scheduler.microbatch import build_microbatch
+from hpcinfer.scheduler.microbatch import build_step
 from hpcinfer.scheduler.sequence import NO_TOKEN, EndedSequence, Sequence
-from hpcinfer.scheduler.work import Piece, Work, divide, drawing, goes_on
+from hpcinfer.scheduler.work import Piece, Work, divide, goes_on
 
 
 class _InFlight(NamedTuple):
@@ -144,14 +144,7 @@ class Scheduler:
         if not work.pieces:
             return None
         parts = self._parts(work)
-        step = Step(
-            tick=self._tick,
-            parts=tuple(
-                build_microbatch(part, self.lane, tick=self._tick, part=index, block_size=self.limits.block_size)
-                for index, part in enumerate(parts)
-            ),
-            drawing=drawing(parts),
-        )
+        step = build_step(parts, self.lane, tick=self._tick, block_size=self.limits.block_size)
         self._count(work, parts, step)
         for lane, drawn in enumerate(step.drawing):
             for place, sequence_id in enumerate(drawn):
@@ -196,7 +189,8 @@ class Scheduler:
         del self._by_id[sequence.id]
         self._stop(sequence)
         return EndedSequence(
-            request=sequence.request, output_token_ids=sequence.output_token_ids, reason=reason, error=error
+            request=sequence.request, output_token_ids=sequence.output_token_ids, reason=reason, error=error,
+            findings=sequence.findings,
         )
 
     def _give_up(self, *, begun_too: bool) -> list[EndedSequence]:

@@ -44,7 +44,7 @@ def test_logprobs_of_a_split_head(tp, vocab, monkeypatch):
     weight = torch.randn(vocab, 6, generator=torch.Generator().manual_seed(0))
     hidden = torch.randn(9, 6, generator=torch.Generator().manual_seed(1))
     tokens, num_top = torch.arange(9) % vocab, min(3, vocab)
-    expected = unpacked(token_logprobs(F.linear(hidden, weight), tokens, num_top))
+    expected = unpacked(token_logprobs(F.linear(hidden, weight), tokens, num_top).numpy())
     monkeypatch.setattr(embedding_module, "_LOGITS_AT_ONCE", 2 * vocab)  # a few rows at a time
     forwards = []
     for rank in range(tp):
@@ -53,7 +53,7 @@ def test_logprobs_of_a_split_head(tp, vocab, monkeypatch):
         head.load_weight(weight)
         forwards.append(head.logprobs(hidden, tokens, num_top))
     for packed in run_lockstep(forwards) if tp > 1 else [run_to_end(forwards[0])]:
-        found = unpacked(packed)
+        found = unpacked(packed.numpy())
         torch.testing.assert_close(torch.from_numpy(found.chosen), torch.from_numpy(expected.chosen))
         torch.testing.assert_close(torch.from_numpy(found.top), torch.from_numpy(expected.top))
         assert (found.top_ids == expected.top_ids).all()
