@@ -115,6 +115,8 @@ class Step:
     """For every lane, the tokens whose log-probabilities it reads, in the order in which it does. Empty where there are none."""
     num_scored_top: int = 0
     """As `num_asked_top`, for these tokens."""
+    pooled: tuple[tuple[Span, ...], ...] = ()
+    """For every lane, the tokens whose hidden states it adds up, a sum for each span. Empty where there are none."""
 
     @property
     def num_tokens(self) -> int:

@@ -190,6 +190,45 @@ def _token_id(key: Any) -> int:
     return number
 
 
+TASKS = ("generate", "score", "embed")
+POOLINGS = ("last", "mean", "cls")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TaskParams:
+    """What is done with each row: the `[task]` section of a job. Where only the kind is to be said, `task = "score"` will do."""
+
+    kind: str = "generate"
+    """generate; score: the log-probability and the perplexity of texts; embed: pooled hidden states. The last two draw no tokens: of
+    `[sampling]` they read nothing, but score heeds prompt_logprobs, and keeps those of single tokens. Default generate."""
+    continuation: str = ""
+    """Score: the meta column of the prompts (`/meta/NAME`) whose texts, or token ids, are scored, each given its prompt. Default "": the
+    prompt itself is, each token given those before it."""
+    pooling: str = "last"
+    """Embed: which hidden states after the last norm are averaged: those of all tokens of the prompt (mean), its last one (last) or its
+    first one (cls). Default last."""
+    normalize: bool = True
+    """Embed: divide by the Euclidean length. Default true."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in TASKS:
+            raise ConfigError(f"task.kind = {self.kind!r}", fix=f"give one of {', '.join(TASKS)}")
+        if self.pooling not in POOLINGS:
+            raise ConfigError(f"task.pooling = {self.pooling!r}", fix=f"give one of {', '.join(POOLINGS)}")
+        if self.continuation and self.kind != "score":
+            raise ConfigError(f"task.continuation with task.kind = {self.kind!r}", fix='set task.kind = "score", or leave it out')
+
+    @classmethod
+    def from_text(cls, kind: str) -> TaskParams:
+        """Of one kind, all else as by default."""
+        return cls(kind=kind)
+
+    @property
+    def generates(self) -> bool:
+        """Whether it is tokens that rows get."""
+        return self.kind == "generate"
+
+
 class Status(enum.IntEnum):
     """What became of an output row. The values are stored; the order of preference is ok, failed, partial."""
 
@@ -202,7 +241,7 @@ class FinishReason(enum.IntEnum):
     """Why a generation ended. The values are stored."""
 
     NONE = 0
-    """Not ended (a partial row) or never begun (a failed row)."""
+    """Not ended (a partial row), never begun (a failed row), or nothing to generate (scored and embedded rows)."""
     STOP = 1
     """A stop token: one of the model's end-of-sequence ids or of `stop_token_ids`; or a text of `stop`; or a structure is complete."""
     LENGTH = 2
@@ -279,6 +318,10 @@ class Request:
     """Of output_token_ids, where `sampling.logprobs` asks for them."""
     prompt_logprobs: TokenLogprobs | None = None
     """What an earlier life has found; None where `sampling.prompt_logprobs` asks for them and they are to be found."""
+    task: TaskParams = TaskParams()
+    """With a task that generates nothing a single token is drawn, by which the row ends, and dropped."""
+    score_from: int = 1
+    """Score: place of the first token of the prompt that counts, 1 or more."""
 
     @property
     def key(self) -> tuple[int, int]:
@@ -294,7 +337,17 @@ class Request:
     @property
     def first_scored(self) -> int | None:
         """Place of the first token of the prompt whose log-probability is to be found; None where none is."""
-        return 1 if self.sampling.prompt_logprobs is not None and self.prompt_logprobs is None else None
+        if self.sampling.prompt_logprobs is not None:
+            return 1 if self.prompt_logprobs is None else None
+        return self.score_from if self.task.kind == "score" else None
+
+    @property
+    def pooled(self) -> tuple[int, int] | None:
+        """First and one past the last of the prompt's tokens whose hidden states are averaged; None where none are."""
+        if self.task.kind != "embed":
+            return None
+        num_tokens = len(self.prompt_token_ids)
+        return {"mean": (0, num_tokens), "last": (num_tokens - 1, num_tokens), "cls": (0, 1)}[self.task.pooling]
 
     @property
     def needs_history(self) -> bool:

@@ -7,7 +7,7 @@ import numpy as np
 from hpcinfer.batch import Step
 from hpcinfer.engine.worker import StepResults
 from hpcinfer.kernels.logprobs import narrowed, unpacked
-from hpcinfer.request import Request, TokenLogprobs
+from hpcinfer.request import Request, TextScore, TokenLogprobs
 from hpcinfer.scheduler.scheduler import Scheduler
 from hpcinfer.scheduler.sequence import Sequence
 
@@ -19,6 +19,7 @@ class Findings:
         self._request = request
         self._drawn: list[np.ndarray] = []
         self._prompt: TokenLogprobs | None = None
+        self._sums: list[tuple[int, int, np.ndarray]] = []  # first token, one past the last, sum of their hidden states
 
     def add_drawn(self, packed: np.ndarray) -> None:
         """Of the next token of the output: int32 [1 + 2k], k perhaps more than was asked for, see `kernels.logprobs.join_shards`."""
@@ -33,6 +34,28 @@ class Findings:
         self._prompt.chosen[places] = found.chosen
         self._prompt.top_ids[places] = found.top_ids
         self._prompt.top[places] = found.top
+
+    def add_pooled(self, start: int, stop: int, total: np.ndarray) -> None:
+        """The sum, float64 [D], of the hidden states of the prompt's tokens from `start` on and before `stop`."""
+        apart = [known for known in self._sums if known[1] <= start or stop <= known[0]]
+        self._sums = [*apart, (start, stop, total.copy())]
+
+    def score(self) -> TextScore | None:
+        """Of a text that was to be scored, NaN where the model gave no numbers; None of others."""
+        if self._request.task.kind != "score":
+            return None
+        chosen = self._prompt.chosen[self._request.score_from :]
+        return TextScore(float(chosen.sum(dtype=np.float64)), len(chosen))
+
+    def embedding(self) -> np.ndarray | None:
+        """float32 [D] of a text that was to be embedded; None of others."""
+        if self._request.pooled is None:
+            return None
+        first, last = self._request.pooled
+        mean = np.sum([total for *_, total in sorted(self._sums, key=lambda known: known[0])], axis=0) / (last - first)
+        if self._request.task.normalize:
+            mean = mean / (np.linalg.norm(mean) or 1.0)
+        return mean.astype(np.float32)
 
     def of_output(self, num_tokens: int) -> TokenLogprobs | None:
         """Of the first `num_tokens` tokens of the output, those of earlier lives included; None where nobody asked."""
@@ -69,6 +92,10 @@ def note(scheduler: Scheduler, step: Step, lane: int, results: StepResults) -> N
             if (sequence := scheduler.find(span.sequence_id)) is not None:
                 _findings(sequence).add_scored(span.start, packed[first : first + span.num_tokens])
             first += span.num_tokens
+    if results.pooled is not None:
+        for span, total in zip(step.pooled[lane], results.pooled.wait().numpy(), strict=True):
+            if (sequence := scheduler.find(span.sequence_id)) is not None:
+                _findings(sequence).add_pooled(span.start, span.stop, total)
 
 
 def _findings(sequence: Sequence) -> Findings:

@@ -6,7 +6,7 @@ import numpy as np
 
 from hpcinfer.data.tokenize import Tokenizer
 from hpcinfer.errors import RowError
-from hpcinfer.request import Generation, Request, SamplingParams, Status, TokenLogprobs
+from hpcinfer.request import Generation, Request, SamplingParams, Status, TaskParams, TokenLogprobs
 from hpcinfer.sampling.grammar import Grammars
 
 _KEPT = 256
@@ -20,9 +20,13 @@ class RequestBuilder:
         tokenizer: None where the model has none; what needs text is then refused.
         vocab_size: token ids must be below it.
         grammars: what checks constraints, where it is shared with those that generate under them.
+        task: what is done with each row.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, grammars: Grammars | None = None) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer | None, vocab_size: int, grammars: Grammars | None = None, *, task: TaskParams = TaskParams()
+    ) -> None:
+        self._task = task
         self._tokenizer = tokenizer
         self._grammars = grammars or Grammars(lambda: tokenizer, vocab_size=vocab_size, eos_token_ids=())
         self._vocab_size = vocab_size
@@ -35,16 +39,26 @@ class RequestBuilder:
         sample: int = 0,
         prompt_token_ids: np.ndarray,
         sampling: SamplingParams,
+        score_from: int = 1,
         earlier: Generation | None = None,
     ) -> Request:
-        """The request; `earlier` is a partial row of an earlier life. One that lacks something begins anew: it draws the same tokens.
+        """The request.
+
+        Args:
+            score_from: place of the first token that is scored.
+            earlier: a partial row of an earlier life. One that lacks something begins anew: it draws the same tokens.
 
         Raises:
-            RowError: a token id outside the vocabulary, or sampling that this model cannot do.
+            RowError: a token id outside the vocabulary, sampling that this model cannot do, or nothing to score.
             ConfigError: structured output without llguidance.
         """
         if len(prompt_token_ids) and int(prompt_token_ids.max()) >= self._vocab_size:
             raise RowError(f"token id {int(prompt_token_ids.max())} is not in the model's vocabulary of {self._vocab_size}")
+        if self._task.kind == "score" and score_from >= len(prompt_token_ids):
+            raise RowError(f"nothing to score: of {len(prompt_token_ids)} tokens the first has nothing before it")
+        if not self._task.generates:
+            prompt_logprobs = sampling.prompt_logprobs if self._task.kind == "score" else None
+            sampling = SamplingParams(max_tokens=1, prompt_logprobs=prompt_logprobs)
         self.check(sampling)
         if earlier is None or not _is_whole(earlier, sampling):
             earlier = Generation(row=row, sample=sample, status=Status.PARTIAL)
@@ -57,6 +71,8 @@ class RequestBuilder:
             output_logprobs=earlier.logprobs,
             prompt_logprobs=earlier.prompt_logprobs,
             bad_words_token_ids=self._token_ids_of(sampling.bad_words) if sampling.bad_words else (),
+            task=self._task,
+            score_from=score_from,
         )
 
     def check(self, sampling: SamplingParams) -> None:

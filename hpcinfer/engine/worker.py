@@ -35,6 +35,8 @@ class StepResults:
     """int32 [A, 1 + 2 step.num_asked_top]: the log-probabilities of A of them, see `kernels.logprobs.join_shards`."""
     scored: Handle | torch.Tensor | None = None
     """int32 [R, 1 + 2 step.num_scored_top]: those of the tokens of prompts."""
+    pooled: Handle | torch.Tensor | None = None
+    """float64 [Q, D]: sums of hidden states."""
 
     def each(self, act: Callable[[torch.Tensor, str], Handle]) -> StepResults:
         """`act` on all that there is, in the order in which it travels."""
@@ -159,6 +161,8 @@ class Worker:
             tokens=torch.empty(count, dtype=torch.int64, device=self._device) if count else None,
             logprobs=rows(len(step.asked[lane]), step.num_asked_top) if step.asked else None,
             scored=rows(sum(span.num_tokens for span in step.scored[lane]), step.num_scored_top) if step.scored else None,
+            pooled=torch.empty(len(step.pooled[lane]), self._runner.hidden_size, dtype=torch.float64, device=self._device)
+            if step.pooled and step.pooled[lane] else None,
         )
 
     def _send(self, tensor: torch.Tensor, label: str) -> Handle:
@@ -173,14 +177,16 @@ class Worker:
             return StepResults()
         step = planned.step
         tokens = None if planned.sampling is None else self._draw(logits, planned)
-        logprobs = scored = None
+        logprobs = scored = pooled = None
+        readouts = [readout for readout in planned.prepared.readouts if readout is not None]
         if step.asked and step.asked[self._lane]:
             (places,) = on_device((np.array(step.asked[self._lane]),), self._device)
             logprobs = token_logprobs(logits[places], tokens[places], step.num_asked_top)
         if step.scored and step.scored[self._lane]:
-            readouts = [readout for readout in planned.prepared.readouts if readout is not None]
-            scored = torch.cat([readout.logprobs for readout in readouts])
-        return StepResults(tokens=tokens, logprobs=logprobs, scored=scored)
+            scored = torch.cat([readout.logprobs for readout in readouts if readout.logprobs is not None])
+        if step.pooled and step.pooled[self._lane]:
+            pooled = torch.cat([readout.pooled for readout in readouts if readout.pooled is not None])
+        return StepResults(tokens=tokens, logprobs=logprobs, scored=scored, pooled=pooled)
 
     def _draw(self, logits: torch.Tensor, planned: PlannedStep) -> torch.Tensor:
         """float32 logits [S, V] -> int64 [S]."""

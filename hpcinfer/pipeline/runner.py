@@ -60,6 +60,11 @@ class StageRunner:
         self._last_sent = (-1, 0)  # tick and part
         self._watch = SegmentWatch(Mark()) if watch is None else watch
 
+    @property
+    def hidden_size(self) -> int:
+        """D of the model."""
+        return self._model.config.hidden_size
+
     def prepare(self, step: Step) -> PreparedStep:
         """Post the receives of a step, perhaps long before it is computed. Steps are prepared in the order of their ticks."""
         return PreparedStep(

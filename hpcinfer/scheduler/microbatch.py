@@ -12,7 +12,7 @@ from collections.abc import Sequence as Items
 import numpy as np
 
 from hpcinfer.batch import MicroBatch, Step
-from hpcinfer.scheduler.reading import asked_of, reading_of, scored_of
+from hpcinfer.scheduler.reading import asked_of, reading_of, spans_of
 from hpcinfer.scheduler.work import Piece, Work, drawing
 
 
@@ -20,7 +20,7 @@ def build_step(parts: Items[Work], lane: int, *, tick: int, block_size: int) -> 
     """The step of one or two parts for the ranks of `lane`."""
     drawn = drawing(parts)
     asked, num_asked_top = asked_of(drawn)
-    scored, num_scored_top = scored_of(parts)
+    scored, num_scored_top, pooled = spans_of(parts)
     return Step(
         tick=tick,
         parts=tuple(
@@ -32,6 +32,7 @@ def build_step(parts: Items[Work], lane: int, *, tick: int, block_size: int) -> 
         num_asked_top=num_asked_top,
         scored=scored,
         num_scored_top=num_scored_top,
+        pooled=pooled,
     )
 
 

@@ -92,10 +92,9 @@ class Scheduler:
         num_tokens = len(request.prompt_token_ids)
         if num_tokens == 0:
             raise RowError("the prompt has no tokens")
-        if num_tokens >= limits.max_context:
-            raise RowError(
-                f"the prompt has {num_tokens} tokens; at most {limits.max_context - 1} leave room for an output token"
-            )
+        if num_tokens > limits.max_context - request.task.generates:
+            most = f"{limits.max_context - 1} leave room for an output token" if request.task.generates else f"{limits.max_context} fit"
+            raise RowError(f"the prompt has {num_tokens} tokens; at most {most}")
         longest = min(num_tokens + request.sampling.max_tokens, limits.max_context)
         if self.pages.blocks_for(longest) > self.pages.capacity:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""Runs on every rank: requests for log-probabilities through several layouts in one process life, each on a sub-world of the ranks.
+"""Runs on every rank: requests for log-probabilities, scores and embeddings through several layouts in one process life, each on a sub-world of the ranks.
 
 usage: findings_rank.py CHECKPOINT CASES.json FOLDER
 
@@ -18,7 +18,7 @@ from hpcinfer.data.generations import encode_generations
 from hpcinfer.engine.outcome import generation_of
 from hpcinfer.engine.requests import RequestBuilder
 from hpcinfer.launch.report import Place, run_as_rank
-from hpcinfer.request import Generation, Request, SamplingParams
+from hpcinfer.request import Generation, Request, SamplingParams, TaskParams
 from tests.mpi import use_stand_in_if_asked
 from tests.parity.parity_rank import build_layout
 
@@ -63,10 +63,10 @@ def main(place: Place) -> int:
     world = start_world()
     place.rank, place.size, place.host, place.abort = world.rank, world.size, world.host, world.abort
     use_stand_in_if_asked(world)
-    builder = RequestBuilder(None, cases["vocab_size"])
     requests = [
-        builder.build(
-            row=row, prompt_token_ids=np.array(entry["prompt"], np.int32), sampling=SamplingParams(**entry["sampling"])
+        RequestBuilder(None, cases["vocab_size"], task=TaskParams(**entry.get("task", {}))).build(
+            row=row, prompt_token_ids=np.array(entry["prompt"], np.int32), sampling=SamplingParams(**entry["sampling"]),
+            score_from=entry.get("score_from", 1),
         )
         for row, entry in enumerate(cases["rows"])
     ]

@@ -1,4 +1,5 @@
-"""Log-probabilities in every layout against Hugging Face transformers, with chunked prefill, preemption and a resumed row at work."""
+"""Log-probabilities, scores and embeddings in every layout against Hugging Face transformers, with chunked prefill, preemption and
+a resumed row at work."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from hpcinfer.data.generations import GenerationFile
-from hpcinfer.request import Generation, Status, TokenLogprobs
+from hpcinfer.request import FinishReason, Generation, Status, TokenLogprobs
 from tests.checkpoints import load_reference, make_variant
 from tests.mpi import NCCL_STAND_IN, run_ranks
 from tests.parity.layouts import LAYOUTS
@@ -37,12 +38,21 @@ def make_rows(vocab_size: int) -> list[dict]:
         {"logprobs": 3, "prompt_logprobs": 2}, {"logprobs": 0}, {"prompt_logprobs": 0}, {}, {"logprobs": 5, "prompt_logprobs": vocab_size},
     ]
     drawn = [{}, {"temperature": 1.0, "seed": 4}, {"repetition_penalty": 1.3, "logit_bias": {"5": 2.0}}]
-    return [
+    generated = [
         {
             "prompt": rng.integers(3, vocab_size, length).tolist(),
             "sampling": {"max_tokens": MAX_TOKENS, "ignore_eos": True, **asked[row % 5], **drawn[row % 3]},
         }
         for row, length in enumerate(PROMPT_LENS[1:] + PROMPT_LENS[:1])
+    ]
+    tasks = [
+        (64, {"kind": "score"}, {}), (33, {"kind": "score"}, {"score_from": 20, "sampling": {"prompt_logprobs": 2}}),
+        (2, {"kind": "score"}, {}), (20, {"kind": "score"}, {"score_from": 19}),
+        (37, {"kind": "embed", "pooling": "mean"}, {}), (30, {"kind": "embed"}, {}), (18, {"kind": "embed", "pooling": "cls"}, {}),
+        (1, {"kind": "embed", "pooling": "mean", "normalize": False}, {}), (64, {"kind": "embed", "pooling": "mean", "normalize": False}, {}),
+    ]
+    return generated + [
+        {"prompt": rng.integers(3, vocab_size, length).tolist(), "sampling": {}, "task": task, **more} for length, task, more in tasks
     ]
 
 
@@ -68,7 +78,7 @@ def run_layouts(tmp_path: Path, variant: str, names: tuple[str, ...], env: dict 
 
 
 @pytest.mark.parametrize(("variant", "names"), CASES)
-def test_log_probabilities_equal_transformers(variant, names, tmp_path):
+def test_they_equal_transformers(variant, names, tmp_path):
     reference, rows, found = run_layouts(tmp_path, variant, names)
     for name in names:
         assert [generation.row for generation in found[name]] == list(range(len(rows)))
@@ -86,6 +96,9 @@ def test_over_nccl_communicators(tmp_path):
 
 def check_row(reference, row: dict, generation: Generation, name: str) -> None:
     place = f"{name}, row {generation.row}"
+    if "task" in row:
+        check_task(reference, row, generation, place)
+        return
     assert generation.status is Status.OK and len(generation.token_ids) == MAX_TOKENS, place
     prompt, tokens = row["prompt"], generation.token_ids.tolist()
     with torch.no_grad():
@@ -96,6 +109,30 @@ def check_row(reference, row: dict, generation: Generation, name: str) -> None:
         assert np.isnan(prompt_logprobs.chosen[0]) and (prompt_logprobs.top_ids[0] == -1).all(), place
         prompt_logprobs = prompt_logprobs[1:]
     check(prompt_logprobs, num_top, expected[: len(prompt) - 1], prompt[1:], f"{place}, prompt")
+
+
+def check_task(reference, row: dict, generation: Generation, place: str) -> None:
+    prompt, task, first = row["prompt"], row["task"], row.get("score_from", 1)
+    assert generation.status is Status.OK and generation.num_prompt_tokens == len(prompt), f"{place}: {generation.error}"
+    assert len(generation.token_ids) == 0 and generation.finish_reason is FinishReason.NONE and generation.logprobs is None, place
+    with torch.no_grad():
+        output = reference(torch.tensor([prompt]), output_hidden_states=True)
+    if task["kind"] == "score":
+        expected = torch.log_softmax(output.logits[0].double(), dim=-1).numpy()[np.arange(len(prompt) - 1), prompt[1:]]
+        assert generation.score.num_tokens == len(prompt) - first, place
+        assert abs(generation.score.logprob - expected[first - 1 :].sum()) < TOLERANCE * len(prompt), place
+        assert abs(generation.score.perplexity / np.exp(-expected[first - 1 :].mean()) - 1) < TOLERANCE, place
+        if "prompt_logprobs" in row["sampling"]:
+            np.testing.assert_allclose(generation.prompt_logprobs.chosen[1:], expected, atol=TOLERANCE, rtol=0, err_msg=place)
+        else:
+            assert generation.prompt_logprobs is None, place
+        return
+    hidden = output.hidden_states[-1][0].double().numpy()
+    expected = {"mean": hidden.mean(axis=0), "last": hidden[-1], "cls": hidden[0]}[task.get("pooling", "last")]
+    if task.get("normalize", True):
+        expected = expected / np.linalg.norm(expected)
+    assert generation.embedding.dtype == np.float32 and generation.score is None, place
+    np.testing.assert_allclose(generation.embedding, expected, atol=TOLERANCE / 10, rtol=1e-4, err_msg=place)
 
 
 def check(found: TokenLogprobs | None, num_top: int | None, expected: np.ndarray, tokens: list[int], place: str) -> None:
