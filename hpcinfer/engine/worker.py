@@ -170,7 +170,6 @@ class Worker:
         self._outbox.add(handle)
         return handle
 
-    @torch.inference_mode()
     def _find(self, logits: torch.Tensor | None, planned: PlannedStep) -> StepResults:
         """What this rank finds when its stage has been computed: on a sampler the tokens, and what is asked for beside them."""
         if not self._samples:

@@ -15,7 +15,7 @@ from hpcinfer.parallel.segments import Segments
 from hpcinfer.parallel.tensor import TokenStream
 from hpcinfer.layers.shard import check_shape, copy_shard, part_range, part_size
 
-_LOGITS_AT_ONCE = 2**22
+_LOGITS_AT_ONCE = 2**24
 """Logits of a prompt that a rank makes at a time: far fewer than a step may draw from."""
 
 
