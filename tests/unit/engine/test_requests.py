@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import h5py
 import numpy as np
 import pytest
 
 from hpcinfer.config.load import job_from_tables
+from hpcinfer.data.prompts.prompt_row import sampling_for
+from hpcinfer.data.prompts.prompts_writer import PromptsWriter
+from hpcinfer.data.prompts.reader import open_prompts
 from hpcinfer.engine.requests import RequestBuilder
 from hpcinfer.errors import ConfigError, RowError
 from hpcinfer.request import Generation, SamplingParams, Status, TaskParams, TokenLogprobs
@@ -77,3 +81,18 @@ def test_a_partial_row_without_all_its_log_probabilities_begins_anew():
         assert len(request.output_token_ids) == 0 and request.output_logprobs is None and request.first_scored == 1
     plain = builder.build(row=0, prompt_token_ids=PROMPT, sampling=SamplingParams(), earlier=dataclasses.replace(whole, logprobs=None))
     assert len(plain.output_token_ids) == 2
+
+
+def test_rows_may_ask_for_log_probabilities_of_their_own(tmp_path):
+    with PromptsWriter(tmp_path / "p.h5", kind="token_ids") as writer:
+        for overrides in ({"logprobs": 2}, None, {"prompt_logprobs": 0}, None):
+            writer.append([1, 2], overrides=overrides)
+    with h5py.File(tmp_path / "p.h5", "a") as file:
+        file["logprobs"][3] = 5000
+    job = SamplingParams(logprobs=1)
+    with open_prompts(tmp_path / "p.h5") as reader:
+        rows = list(reader.rows())
+    asked = [(sampling.logprobs, sampling.prompt_logprobs) for sampling in (sampling_for(row, job) for row in rows[:3])]
+    assert asked == [(2, None), (1, None), (1, 0)]
+    with pytest.raises(RowError, match="logprobs = 5000"):
+        sampling_for(rows[3], job)
