@@ -232,4 +232,6 @@ class JobConfig:
 
     def __post_init__(self) -> None:
         if self.sampling.n != 1 and not self.task.generates:
-            raise ConfigError(f"sampling.n = {self.sampling.n} with task.kind = {self.task.kind!r}", fix="leave sampling.n at 1: nothing is drawn")
+            raise ConfigError(
+                f"sampling.n = {self.sampling.n} with task.kind = {self.task.kind!r}", fix="leave sampling.n at 1: nothing is drawn"
+            )

@@ -72,13 +72,14 @@ def summary_text(summary: RunSummary) -> str:
     """A few lines for the console."""
     seconds = max(summary.generation_seconds, 1e-9)
     generates = summary.task == "generate"
-    rate = f"{format_count(summary.output_tokens / seconds)} generated" if generates else f"{format_count(summary.prompt_tokens / seconds)} prompt"
+    tokens, kind = (summary.output_tokens, "generated") if generates else (summary.prompt_tokens, "prompt")
     lines = [
         f"{'Done' if summary.is_done else 'Stopped'} in {format_duration(summary.seconds)} on {summary.layout}.",
         f"  rows      {_rows(summary)}",
         f"  tokens    {format_count(summary.prompt_tokens)} prompt"
         + (f", {format_count(summary.output_tokens)} generated" if generates else f"; nothing is generated: task {summary.task}"),
-        f"  rate      {format_count(summary.generated_rows / seconds)} rows/s, {rate} tokens/s",
+        f"  rate      {format_count(summary.generated_rows / seconds)} rows/s, "
+        f"{format_count(tokens / seconds)} {kind} tokens/s",
         f"  time      {_phases(summary)}",
     ]
     if summary.experts:

@@ -1,4 +1,5 @@
-"""Runs on every rank: requests for log-probabilities, scores and embeddings through several layouts in one process life, each on a sub-world of the ranks.
+"""Runs on every rank: requests for log-probabilities, scores and embeddings through several layouts in one process life, each on a
+sub-world of the ranks.
 
 usage: findings_rank.py CHECKPOINT CASES.json FOLDER
 

@@ -20,9 +20,8 @@ from tests.parity.test_layouts import ENGINE, NUM_BLOCKS, PROMPT_LENS
 TOLERANCE = 1e-4
 MAX_TOKENS = 12
 CASES = [
-    pytest.param(
-        "llama", ("tp1", "tp1, run ahead", "tp2", "tp2, sequence form", "pp2", "sp2", "tp2, captured, two-batch, run ahead"), id="core"
-    ),
+    pytest.param("llama", ("tp1, run ahead", "tp2, sequence form", "pp2", "sp2", "tp2, captured, two-batch, run ahead"), id="core"),
+    pytest.param("llama", ("tp1", "tp2", "tp2, two-batch"), marks=pytest.mark.full, id="plain"),
     pytest.param("mixtral", ("sp2 ep2", "tp2 ep2, sequence form, two-batch"), marks=pytest.mark.full, id="experts"),
     pytest.param(
         "llama", ("pp2 x sp2", "sp2 x tp2, two-batch", "tp2 x pp2", "tp2 x pp2, sequence form, two-batch", "sp2 x tp2, run ahead"),
@@ -35,7 +34,8 @@ CASES = [
 def make_rows(vocab_size: int) -> list[dict]:
     rng = np.random.default_rng(7)
     asked = [
-        {"logprobs": 3, "prompt_logprobs": 2}, {"logprobs": 0}, {"prompt_logprobs": 0}, {}, {"logprobs": 5, "prompt_logprobs": vocab_size},
+        {"logprobs": 3, "prompt_logprobs": 2}, {"logprobs": 0}, {"prompt_logprobs": 0}, {},
+        {"logprobs": 5, "prompt_logprobs": vocab_size},
     ]
     drawn = [{}, {"temperature": 1.0, "seed": 4}, {"repetition_penalty": 1.3, "logit_bias": {"5": 2.0}}]
     generated = [
@@ -86,6 +86,7 @@ def test_they_equal_transformers(variant, names, tmp_path):
             check_row(reference, row, generation, name)
 
 
+@pytest.mark.full
 def test_over_nccl_communicators(tmp_path):
     names = ("tp2, sequence form", "pp2")
     reference, rows, found = run_layouts(tmp_path, "llama", names, NCCL_STAND_IN)
