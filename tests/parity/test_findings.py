@@ -49,7 +49,7 @@ def make_rows(vocab_size: int) -> list[dict]:
         (64, {"kind": "score"}, {}), (33, {"kind": "score"}, {"score_from": 20, "sampling": {"prompt_logprobs": 2}}),
         (2, {"kind": "score"}, {}), (20, {"kind": "score"}, {"score_from": 19}),
         (37, {"kind": "embed", "pooling": "mean"}, {}), (30, {"kind": "embed"}, {}), (18, {"kind": "embed", "pooling": "cls"}, {}),
-        (1, {"kind": "embed", "pooling": "mean", "normalize": False}, {}), (64, {"kind": "embed", "pooling": "mean", "normalize": False}, {}),
+        *((length, {"kind": "embed", "pooling": "mean", "normalize": False}, {}) for length in (1, 64)),
     ]
     return generated + [
         {"prompt": rng.integers(3, vocab_size, length).tolist(), "sampling": {}, "task": task, **more} for length, task, more in tasks
