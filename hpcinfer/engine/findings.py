@@ -54,7 +54,8 @@ class Findings:
         first, last = self._request.pooled
         mean = np.sum([total for *_, total in sorted(self._sums, key=lambda known: known[0])], axis=0) / (last - first)
         if self._request.task.normalize:
-            mean = mean / (np.linalg.norm(mean) or 1.0)
+            with np.errstate(invalid="ignore"):  # what is not a number stays so, and its row fails
+                mean = mean / (np.linalg.norm(mean) or 1.0)
         return mean.astype(np.float32)
 
     def of_output(self, num_tokens: int) -> TokenLogprobs | None:
