@@ -60,7 +60,7 @@ class RequestBuilder:
             prompt_logprobs = sampling.prompt_logprobs if self._task.kind == "score" else None
             sampling = SamplingParams(max_tokens=1, prompt_logprobs=prompt_logprobs)
         self.check(sampling)
-        if earlier is None or not _is_whole(earlier, sampling):
+        if earlier is None or not _is_whole(earlier, len(prompt_token_ids), sampling):
             earlier = Generation(row=row, sample=sample, status=Status.PARTIAL)
         return Request(
             row=row,
@@ -108,10 +108,10 @@ class RequestBuilder:
         return forms
 
 
-def _is_whole(partial: Generation, sampling: SamplingParams) -> bool:
+def _is_whole(partial: Generation, num_prompt_tokens: int, sampling: SamplingParams) -> bool:
     """Whether a partial row has all that is to be kept of it."""
     return _has(partial.logprobs, len(partial.token_ids), sampling.logprobs) and _has(
-        partial.prompt_logprobs, partial.num_prompt_tokens, sampling.prompt_logprobs
+        partial.prompt_logprobs, num_prompt_tokens, sampling.prompt_logprobs
     )
 
 

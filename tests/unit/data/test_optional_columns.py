@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import math
@@ -11,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
-from hpcinfer.data.export import export_jsonl
+from hpcinfer.data.export import export, export_jsonl
 from hpcinfer.data.generation_table import GenerationTable
 from hpcinfer.data.generations import GenerationFile, encode_generations, encode_table
 from hpcinfer.data.ledger.commit import commit_bytes
@@ -137,3 +138,22 @@ def test_export(tmp_path: Path) -> None:
     assert lines[1]["prompt_logprobs"][1:] == rows[1].prompt_logprobs.chosen[1:].tolist()
     assert (lines[2]["score"], lines[2]["n_scored_tokens"], lines[2]["perplexity"]) == (-3.0, 2, math.exp(1.5))
     assert lines[3]["embedding"] == [0.0, 1.0, 2.0] and lines[4]["embedding"] is None and lines[4]["score"] is None
+
+
+def test_export_of_tables(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    rows = [generation(row) for row in range(5)]
+    (tmp_path / "f.h5").write_bytes(encode_generations(rows, "uuid"))
+    export(tmp_path / "f.h5", tmp_path / "f.parquet")
+    table = pyarrow.parquet.read_table(tmp_path / "f.parquet").to_pylist()
+    assert np.array_equal(np.array(table[1]["top_logprobs"], np.float32), rows[1].logprobs.top)
+    assert table[1]["prompt_top_token_ids"] == rows[1].prompt_logprobs.top_ids.tolist()
+    assert (table[2]["score"], table[2]["n_scored_tokens"], table[2]["perplexity"]) == (-3.0, 2, math.exp(1.5))
+    assert table[3]["embedding"] == [0.0, 1.0, 2.0] and table[0]["embedding"] is None and table[4]["logprobs"] is None
+    export(tmp_path / "f.h5", tmp_path / "f.csv")
+    with open(tmp_path / "f.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert json.loads(lines[1]["top_token_ids"]) == rows[1].logprobs.top_ids.tolist() and lines[0]["score"] == ""
+    assert float(lines[2]["perplexity"]) == math.exp(1.5)
