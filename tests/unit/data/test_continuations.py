@@ -52,8 +52,9 @@ def test_a_column_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "plain.h5", "w") as file:
         file["text"] = ["a", "b"]
     for name in ("p.h5", "plain.h5"):
-        with open_prompts(tmp_path / name) as reader, pytest.raises(DataError, match="no meta column 'answer'.*\n.*\n.*--meta-columns answer"):
+        with open_prompts(tmp_path / name) as reader, pytest.raises(DataError, match="no meta column 'answer'") as caught:
             reader.read_continuations("answer")
+        assert "--meta-columns answer" in str(caught.value)
 
 
 def test_other_continuations_are_another_input(tmp_path: Path) -> None:

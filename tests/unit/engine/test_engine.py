@@ -81,6 +81,14 @@ def test_log_probabilities_score_and_embed_in_this_process(engine):
         assert row.status is Status.FAILED or abs(np.linalg.norm(row.embedding) - 1) < 1e-6
 
 
+def test_each_token_has_its_log_probability_however_a_row_ends(engine):
+    pytest.importorskip("llguidance")
+    for ends in ({"stop": (" 3",)}, {"structured_choice": ("yes", "no")}, {"structured_choice": ("yes",), "ignore_eos": True}):
+        (generation,) = engine.generate(["sort 3 1 2:"], SamplingParams(logprobs=1, **ends))
+        assert generation.status is Status.OK and 0 < len(generation.token_ids) == len(generation.logprobs), ends
+        assert np.isfinite(generation.logprobs.chosen).all()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_answers_the_same(dtype):
     engine = hpcinfer.Engine(MODEL, dtype=dtype)

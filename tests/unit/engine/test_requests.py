@@ -59,7 +59,8 @@ def test_what_is_computed_for_each_task():
         with pytest.raises(RowError, match="nothing to score"):
             score.build(row=0, prompt_token_ids=prompt, sampling=own, score_from=score_from)
     for pooling, place in (("mean", (0, 5)), ("last", (4, 5)), ("cls", (0, 1))):
-        request = RequestBuilder(None, 10, task=TaskParams(kind="embed", pooling=pooling)).build(row=0, prompt_token_ids=PROMPT, sampling=own)
+        embed = RequestBuilder(None, 10, task=TaskParams(kind="embed", pooling=pooling))
+        request = embed.build(row=0, prompt_token_ids=PROMPT, sampling=own)
         assert request.pooled == place and request.first_scored is None and request.sampling == SamplingParams(max_tokens=1)
     with pytest.raises(RowError, match="logprobs = 11 is more than the model's vocabulary of 10"):
         RequestBuilder(None, 10).build(row=0, prompt_token_ids=PROMPT, sampling=SamplingParams(logprobs=11))

@@ -38,9 +38,8 @@ def test_without_a_policy_it_is_an_error_of_the_row(limit, words):
 
 
 def test_a_continuation_is_never_cut():
-    assert [part.tolist() if isinstance(part, np.ndarray) else part for part in PromptLimit(11, 0, "left").fit_continued(PROMPT, 1, 15)] == [
-        list(range(11, 21)), 5,
-    ]
+    kept, start = PromptLimit(11, 0, "left").fit_continued(PROMPT, 1, 15)
+    assert kept.tolist() == list(range(11, 21)) and start == 5
     assert PromptLimit(21).fit_continued(PROMPT, 1, 1)[1] == 1
     for limit, start in ((PromptLimit(11, 0, "left"), 10), (PromptLimit(20, 0, "right"), 5)):
         with pytest.raises(RowError, match="some of the continuation would be lost"):

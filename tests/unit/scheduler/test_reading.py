@@ -74,6 +74,7 @@ def test_steps_of_which_nothing_is_asked(is_prefill):
 
 
 def test_drawn_tokens_that_are_asked_for():
-    work = Work([], [[Piece(sequence(1, 2), 0, 2, True), Piece(sequence(2, 2, logprobs=4), 0, 2, True)], [Piece(sequence(3, 1, logprobs=0), 0, 1, True)]])
+    first, second, third = sequence(1, 2), sequence(2, 2, logprobs=4), sequence(3, 1, logprobs=0)
+    work = Work([], [[Piece(first, 0, 2, True), Piece(second, 0, 2, True)], [Piece(third, 0, 1, True)]])
     step = build_step((work,), 0, tick=0, block_size=1)
     assert step.drawing == ((1, 2), (3,)) and step.asked == ((1,), (0,)) and step.num_asked_top == 4
