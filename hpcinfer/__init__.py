@@ -16,15 +16,16 @@ __version__ = "0.1.0"
 
 if typing.TYPE_CHECKING:
     from hpcinfer.engine.engine import Engine
-    from hpcinfer.request import Generation, SamplingParams
+    from hpcinfer.request import Generation, SamplingParams, TaskParams
     from hpcinfer.runner.start import run
 
-__all__ = ["Engine", "Generation", "SamplingParams", "run"]
+__all__ = ["Engine", "Generation", "SamplingParams", "TaskParams", "run"]
 
 _HOMES = {
     "Engine": "hpcinfer.engine.engine",
     "Generation": "hpcinfer.request",
     "SamplingParams": "hpcinfer.request",
+    "TaskParams": "hpcinfer.request",
     "run": "hpcinfer.runner.start",
 }
 

@@ -10,8 +10,21 @@ lanes together.
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """What is read from the last hidden states of a microbatch, beside the logits that tokens are drawn from."""
+
+    targets: np.ndarray
+    """int64 [T]: the token whose log-probability after each token is wanted; -1 where none is."""
+    num_top: int = 0
+    """So many of the most likely tokens have theirs read too."""
+    pools: tuple[tuple[int, int], ...] = ()
+    """First and one past the last of the tokens whose hidden states are added up, for each sum that is wanted."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +66,9 @@ class MicroBatch:
     shared_slots: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
     """int64 [X]: slot (block * block size + offset) in this lane's pages of every lane's shared tokens, lane 0's first."""
 
+    reading: Reading | None = None
+    """Only the last stage looks at it."""
+
     def __post_init__(self) -> None:
         if not self.lane_tokens:
             object.__setattr__(self, "lane_tokens", (self.num_tokens,))
@@ -68,6 +84,20 @@ class MicroBatch:
         return len(self.sequence_ids)
 
 
+class Span(NamedTuple):
+    """Consecutive tokens of a sequence."""
+
+    sequence_id: int
+    start: int
+    """Place of the first one."""
+    stop: int
+    """One past the last."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.stop - self.start
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
     """What one tick computes on the ranks of one lane, and what it draws on all of them."""
@@ -77,6 +107,16 @@ class Step:
     """One microbatch, or two that interleave; the same number on every lane."""
     drawing: tuple[tuple[int, ...], ...]
     """For every lane, the sequences for which its sampler draws a token, in the order of its logits."""
+    asked: tuple[tuple[int, ...], ...] = ()
+    """For every lane, the places in `drawing` of those whose token's log-probability is wanted. Empty where none is on any lane."""
+    num_asked_top: int = 0
+    """So many of the most likely tokens have theirs found too, at each of these places."""
+    scored: tuple[tuple[Span, ...], ...] = ()
+    """For every lane, the tokens whose log-probabilities it reads, in the order in which it does. Empty where there are none."""
+    num_scored_top: int = 0
+    """As `num_asked_top`, for these tokens."""
+    pooled: tuple[tuple[Span, ...], ...] = ()
+    """For every lane, the tokens whose hidden states it adds up, a sum for each span. Empty where there are none."""
 
     @property
     def num_tokens(self) -> int:

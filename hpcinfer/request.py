@@ -35,6 +35,9 @@ CONSTRAINT_KINDS = ("json", "regex", "choice", "grammar")
 STRUCTURED_FIELDS = tuple(f"structured_{kind}" for kind in CONSTRAINT_KINDS)
 """Their fields in SamplingParams; at most one is given."""
 
+MOST_LOGPROBS = 1000
+"""Most likely tokens whose log-probabilities may be asked for at each place."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
@@ -86,6 +89,11 @@ class SamplingParams:
     """The text is one of these. Default none: free text."""
     structured_grammar: str = ""
     """The text is in the language of this context-free grammar, written for Lark or for llama.cpp (GBNF). Default "": free text."""
+    logprobs: int | None = None
+    """Keep the log-probability of each generated token, and those of so many of the most likely tokens in its place; 0 keeps that of the
+    token alone. They are the model's own: before temperature, penalties and filters. Default: none are kept."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt, each given those before it. Default: none are kept."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_token_ids", tuple(int(i) for i in self.stop_token_ids or ()))
@@ -117,6 +125,8 @@ class SamplingParams:
             (type(self.structured_regex) is str, "structured_regex", self.structured_regex, "a text"),
             (type(self.structured_grammar) is str, "structured_grammar", self.structured_grammar, "a text"),
             (len(given) <= 1, given[0] if given else "", f"... beside {', '.join(given[1:])}", "the only structure"),
+            (_is_count(self.logprobs), "logprobs", self.logprobs, f"from 0 to {MOST_LOGPROBS}"),
+            (_is_count(self.prompt_logprobs), "prompt_logprobs", self.prompt_logprobs, f"from 0 to {MOST_LOGPROBS}"),
         )
         for holds, name, value, allowed in rules:
             if not holds:
@@ -139,6 +149,10 @@ class SamplingParams:
             if value := getattr(self, name):
                 return Constraint(kind, value if isinstance(value, str) else json.dumps(value))
         return None
+
+
+def _is_count(value: int | None) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_LOGPROBS)
 
 
 def _texts(value: Any) -> tuple[str, ...]:
@@ -176,6 +190,45 @@ def _token_id(key: Any) -> int:
     return number
 
 
+TASKS = ("generate", "score", "embed")
+POOLINGS = ("last", "mean", "cls")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TaskParams:
+    """What is done with each row: the `[task]` section of a job. Where only the kind is to be said, `task = "score"` will do."""
+
+    kind: str = "generate"
+    """generate; score: the log-probability and the perplexity of texts; embed: pooled hidden states. The last two draw no tokens: of
+    `[sampling]` they read nothing, but score heeds prompt_logprobs, and keeps those of single tokens. Default generate."""
+    continuation: str = ""
+    """Score: the meta column of the prompts (`/meta/NAME`) whose texts, or token ids, are scored, each given its prompt. Default "": the
+    prompt itself is, each token given those before it."""
+    pooling: str = "last"
+    """Embed: which hidden states after the last norm are averaged: those of all tokens of the prompt (mean), its last one (last) or its
+    first one (cls). Default last."""
+    normalize: bool = True
+    """Embed: divide by the Euclidean length. Default true."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in TASKS:
+            raise ConfigError(f"task.kind = {self.kind!r}", fix=f"give one of {', '.join(TASKS)}")
+        if self.pooling not in POOLINGS:
+            raise ConfigError(f"task.pooling = {self.pooling!r}", fix=f"give one of {', '.join(POOLINGS)}")
+        if self.continuation and self.kind != "score":
+            raise ConfigError(f"task.continuation with task.kind = {self.kind!r}", fix='set task.kind = "score", or leave it out')
+
+    @classmethod
+    def from_text(cls, kind: str) -> TaskParams:
+        """Of one kind, all else as by default."""
+        return cls(kind=kind)
+
+    @property
+    def generates(self) -> bool:
+        """Whether it is tokens that rows get."""
+        return self.kind == "generate"
+
+
 class Status(enum.IntEnum):
     """What became of an output row. The values are stored; the order of preference is ok, failed, partial."""
 
@@ -188,11 +241,63 @@ class FinishReason(enum.IntEnum):
     """Why a generation ended. The values are stored."""
 
     NONE = 0
-    """Not ended (a partial row) or never begun (a failed row)."""
+    """Not ended (a partial row), never begun (a failed row), or nothing to generate (scored and embedded rows)."""
     STOP = 1
     """A stop token: one of the model's end-of-sequence ids or of `stop_token_ids`; or a text of `stop`; or a structure is complete."""
     LENGTH = 2
     """`max_tokens`, or the model's context, was reached."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class TokenLogprobs:
+    """Natural logarithms of the probabilities of T consecutive tokens, and at each place of the k most likely ones.
+
+    They are those of the model's own distribution: before temperature, penalties and filters.
+    """
+
+    chosen: np.ndarray
+    """float32 [T]: of the tokens themselves; NaN where there is none (the first token of a prompt)."""
+    top_ids: np.ndarray
+    """int32 [T, k]: the most likely tokens, the best one first; of equal ones the lowest id. -1 where there are none."""
+    top: np.ndarray
+    """float32 [T, k]: their log-probabilities."""
+
+    @classmethod
+    def empty(cls, num_tokens: int, num_top: int) -> TokenLogprobs:
+        """Of `num_tokens` places of which nothing is known."""
+        return cls(
+            np.full(num_tokens, np.nan, np.float32), np.full((num_tokens, num_top), -1, np.int32),
+            np.full((num_tokens, num_top), np.nan, np.float32),
+        )
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, places: slice) -> TokenLogprobs:
+        return TokenLogprobs(self.chosen[places], self.top_ids[places], self.top[places])
+
+    def followed_by(self, other: TokenLogprobs) -> TokenLogprobs:
+        """These, then those of `other`, which has as many most likely ones."""
+        parts = ((self.chosen, other.chosen), (self.top_ids, other.top_ids), (self.top, other.top))
+        return TokenLogprobs(*map(np.concatenate, parts))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TextScore:
+    """How likely a model finds a text."""
+
+    logprob: float
+    """The sum of the log-probabilities of the scored tokens, natural logarithm."""
+    num_tokens: int
+    """Scored tokens, at least one."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(-logprob / num_tokens); infinite where that is more than a float holds."""
+        try:
+            return math.exp(-self.logprob / self.num_tokens)
+        except OverflowError:
+            return math.inf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,6 +314,14 @@ class Request:
     """int32: tokens that an earlier life generated (a partial row); they count towards max_tokens."""
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     """Token ids of `sampling.bad_words`: of each sequence the last id is ruled out after the others."""
+    output_logprobs: TokenLogprobs | None = None
+    """Of output_token_ids, where `sampling.logprobs` asks for them."""
+    prompt_logprobs: TokenLogprobs | None = None
+    """What an earlier life has found; None where `sampling.prompt_logprobs` asks for them and they are to be found."""
+    task: TaskParams = TaskParams()
+    """With a task that generates nothing a single token is drawn, by which the row ends, and dropped."""
+    score_from: int = 1
+    """Score: place of the first token of the prompt that counts, 1 or more."""
 
     @property
     def key(self) -> tuple[int, int]:
@@ -220,6 +333,21 @@ class Request:
         """Whether something changes the logits before temperature and filters."""
         sampling = self.sampling
         return sampling.counts_tokens or bool(sampling.logit_bias or sampling.min_tokens or self.bad_words_token_ids)
+
+    @property
+    def first_scored(self) -> int | None:
+        """Place of the first token of the prompt whose log-probability is to be found; None where none is."""
+        if self.sampling.prompt_logprobs is not None:
+            return 1 if self.prompt_logprobs is None else None
+        return self.score_from if self.task.kind == "score" else None
+
+    @property
+    def pooled(self) -> tuple[int, int] | None:
+        """First and one past the last of the prompt's tokens whose hidden states are averaged; None where none are."""
+        if self.task.kind != "embed":
+            return None
+        num_tokens = len(self.prompt_token_ids)
+        return {"mean": (0, num_tokens), "last": (num_tokens - 1, num_tokens), "cls": (0, 1)}[self.task.pooling]
 
     @property
     def needs_history(self) -> bool:
@@ -243,6 +371,14 @@ class Generation:
     num_prompt_tokens: int = 0
     error: str = ""
     """For failed rows: what is wrong with the row, in words."""
+    logprobs: TokenLogprobs | None = None
+    """Of the token_ids, where the row asked for them."""
+    prompt_logprobs: TokenLogprobs | None = None
+    """Of the prompt's tokens, each given those before it, where the row asked for them; of the first there is none."""
+    score: TextScore | None = None
+    """Of a row that was scored."""
+    embedding: np.ndarray | None = None
+    """float32 [D], of a row that was embedded."""
 
     @property
     def key(self) -> tuple[int, int]:

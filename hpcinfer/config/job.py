@@ -9,7 +9,7 @@ import re
 
 from hpcinfer.config.parallel import ParallelConfig
 from hpcinfer.errors import ConfigError
-from hpcinfer.request import SamplingParams
+from hpcinfer.request import SamplingParams, TaskParams
 from hpcinfer.units import parse_bytes
 
 EXPERT_FORMS = ("unpacked", "packed")
@@ -228,3 +228,10 @@ class JobConfig:
     engine: EngineSection = EngineSection()
     comm: CommSection = CommSection()
     run: RunSection = RunSection()
+    task: TaskParams = TaskParams()
+
+    def __post_init__(self) -> None:
+        if self.sampling.n != 1 and not self.task.generates:
+            raise ConfigError(
+                f"sampling.n = {self.sampling.n} with task.kind = {self.task.kind!r}", fix="leave sampling.n at 1: nothing is drawn"
+            )

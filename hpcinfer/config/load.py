@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import tomllib
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -73,7 +74,7 @@ def read_toml(path: str | Path, what: str) -> dict[str, Any]:
 def from_tables(kind: type, tables: Mapping[str, Any], what: str) -> Any:
     """A dataclass from parsed TOML, its fields that are dataclasses from sections.
 
-    Fields may be int, float, str, bool, tuple[int, ...], tuple[str, ...], dict[str, str], dict[int, float] and dataclasses; a
+    Fields may be int, float, str, bool, each or None, tuple[int, ...], tuple[str, ...], dict[str, str], dict[int, float] and dataclasses; a
     dataclass with a classmethod `from_text` may also be given as one text.
 
     Raises:
@@ -111,6 +112,10 @@ def _has_no_default(field: dataclasses.Field) -> bool:
 
 
 def _convert(hint: Any, value: Any, name: str, what: str) -> Any:
+    if isinstance(hint, types.UnionType):  # X | None
+        if value is None:
+            return None
+        (hint,) = (kind for kind in typing.get_args(hint) if kind is not type(None))
     if dataclasses.is_dataclass(hint):
         if isinstance(value, str) and hasattr(hint, "from_text"):
             return hint.from_text(value)

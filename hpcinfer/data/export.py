@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +17,7 @@ from hpcinfer.data.hdf5 import whole_file
 from hpcinfer.data.ledger.merge import merge_run
 from hpcinfer.data.ledger.run_directory import RunDirectory, open_existing
 from hpcinfer.data.ledger.status import read_status
+from hpcinfer.data.optional_columns import json_values
 from hpcinfer.data.prompts.identity import prefix_fingerprint
 from hpcinfer.data.prompts.reader import PromptsReader, open_prompts
 from hpcinfer.errors import DataError, RunDirectoryError, UsageError
@@ -216,7 +217,7 @@ def _whole(destination: str, overwrite: bool) -> Iterator[BinaryIO]:
 
 
 def _write(file: GenerationFile, reader: PromptsReader | None, out: BinaryIO, options: ExportOptions) -> int:
-    names = list(as_entry(_NOTHING, token_ids=options.token_ids))
+    names = list(as_entry(_NOTHING, token_ids=options.token_ids, optional=file.optional))
     inputs = None
     if reader is not None:
         meta = meta_names(options.meta_columns, reader)
@@ -236,14 +237,18 @@ _NOTHING = Generation(row=0, status=Status.OK)
 def _entries(file: GenerationFile, inputs: InputColumns | None, options: ExportOptions) -> Iterator[dict[str, Any]]:
     try:
         for generation in file:
-            entry = as_entry(generation, token_ids=options.token_ids)
+            entry = as_entry(generation, token_ids=options.token_ids, optional=file.optional)
             yield entry if inputs is None else inputs.of(generation.row) | entry
     except OSError as error:
         raise DataError(f"cannot read {file.path}", found=str(error)) from error
 
 
-def as_entry(generation: Generation, *, token_ids: bool = False) -> dict[str, Any]:
-    """One generation as plain JSON values; every line has the same keys, so that tables can be made of them."""
+def as_entry(generation: Generation, *, token_ids: bool = False, optional: Iterable[str] = ()) -> dict[str, Any]:
+    """One generation as plain JSON values; every line has the same keys, so that tables can be made of them.
+
+    Args:
+        optional: the optional columns that its file has.
+    """
     entry: dict[str, Any] = {
         "row": generation.row,
         "sample": generation.sample,
@@ -256,7 +261,7 @@ def as_entry(generation: Generation, *, token_ids: bool = False) -> dict[str, An
     }
     if token_ids:
         entry["token_ids"] = generation.token_ids.tolist()
-    return entry
+    return entry | json_values(generation, optional)
 
 
 def _export_openai(

@@ -17,6 +17,9 @@ _BATCH_CHARACTERS = 8 << 20
 
 _TYPES = {
     "row": "uint64", "sample": "uint16", "num_prompt_tokens": "int32", "num_output_tokens": "int32", "token_ids": "list<int32>",
+    "score": "float64", "n_scored_tokens": "int32", "perplexity": "float64", "embedding": "list<float32>",
+    "logprobs": "list<float32>", "top_token_ids": "list<list<int32>>", "top_logprobs": "list<list<float32>>",
+    "prompt_logprobs": "list<float32>", "prompt_top_token_ids": "list<list<int32>>", "prompt_top_logprobs": "list<list<float32>>",
 }  # fmt: skip
 """Parquet types of our own columns that are not text. Any other column is text: a text as it is, another value as JSON."""
 
@@ -56,8 +59,11 @@ def write_parquet(out: BinaryIO, entries: Iterator[Entry], names: list[str]) -> 
         import pyarrow.parquet
     except ImportError as error:
         raise DataError("Parquet needs pyarrow", found=str(error), fix="pip install 'hpcinfer[tables]'") from error
-    types = {name: getattr(pyarrow, name)() for name in ("uint64", "uint16", "int32")} | {"list<int32>": pyarrow.list_(pyarrow.int32())}
-    schema = pyarrow.schema([(name, types[_TYPES[name]] if name in _TYPES else pyarrow.string()) for name in names])
+
+    def type_of(name: str) -> pyarrow.DataType:
+        return pyarrow.list_(type_of(name[5:-1])) if name.startswith("list<") else getattr(pyarrow, name)()
+
+    schema = pyarrow.schema([(name, type_of(_TYPES.get(name, "string"))) for name in names])
     num_rows = 0
     with pyarrow.parquet.ParquetWriter(out, schema, compression="zstd") as writer:
         for batch in _batches(entries):

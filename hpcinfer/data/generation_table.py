@@ -1,16 +1,19 @@
 """Generations as columns in memory: what a segment, a compaction and a merge work on.
 
 Shapes: R rows. Scalar columns are arrays [R]; a ragged column is `data` with `offsets` int64 [R + 1], the values of
-row i being `data[offsets[i]:offsets[i + 1]]`.
+row i being `data[offsets[i]:offsets[i + 1]]`. Beside the columns that every table has, it may have optional ones.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from hpcinfer.data.optional_columns import (
+    OPTIONAL_COLUMNS, OPTIONAL_OFFSETS, OPTIONAL_RAGGED, OPTIONAL_SCALARS, missing_value, of_row, values_of,
+)
 from hpcinfer.request import FinishReason, Generation, Status
 
 SCALAR_COLUMNS = {
@@ -22,7 +25,7 @@ SCALAR_COLUMNS = {
     "status": np.dtype("u1"),
 }
 RAGGED_COLUMNS = {"text": np.dtype("u1"), "token_ids": np.dtype("i4"), "error": np.dtype("u1")}
-OFFSET_COLUMNS = {"text": "text_offsets", "token_ids": "token_offsets", "error": "error_offsets"}
+OFFSET_COLUMNS = {"text": "text_offsets", "token_ids": "token_offsets", "error": "error_offsets", **OPTIONAL_OFFSETS}
 """Ragged column -> the data set with its offsets, int64 [n + 1]."""
 
 
@@ -44,6 +47,11 @@ class Ragged:
         if isinstance(values[0], bytes):
             return Ragged(np.frombuffer(b"".join(values), dtype), offsets)
         return Ragged(np.concatenate(values).astype(dtype, copy=False), offsets)
+
+    @staticmethod
+    def nothing(num_rows: int, dtype: np.dtype) -> Ragged:
+        """Rows without values."""
+        return Ragged(np.empty(0, dtype), np.zeros(num_rows + 1, np.int64))
 
     @property
     def lengths(self) -> np.ndarray:
@@ -91,9 +99,19 @@ class GenerationTable:
     text: Ragged
     token_ids: Ragged
     error: Ragged
+    optional: Mapping[str, np.ndarray | Ragged] = dataclasses.field(default_factory=dict)
+    """Those of the `OPTIONAL_COLUMNS` that it has, by name."""
 
     def __len__(self) -> int:
         return len(self.row)
+
+    def optional_column(self, name: str) -> np.ndarray | Ragged:
+        """An optional column, filled where the table has none."""
+        if name in self.optional:
+            return self.optional[name]
+        if name in OPTIONAL_RAGGED:
+            return Ragged.nothing(len(self), OPTIONAL_RAGGED[name])
+        return np.full(len(self), missing_value(name), OPTIONAL_SCALARS[name])
 
     @staticmethod
     def from_generations(generations: Sequence[Generation]) -> GenerationTable:
@@ -115,6 +133,11 @@ class GenerationTable:
                 [np.asarray(g.token_ids, np.int32) for g in generations], RAGGED_COLUMNS["token_ids"]
             ),
             error=Ragged.pack([g.error.encode("utf-8", "replace") for g in generations], RAGGED_COLUMNS["error"]),
+            optional={
+                name: Ragged.pack(values, OPTIONAL_RAGGED[name]) if name in OPTIONAL_RAGGED
+                else np.array(values, OPTIONAL_SCALARS[name])
+                for name, values in values_of(generations).items()
+            },
         )
 
     def generations(self) -> Iterator[Generation]:
@@ -130,13 +153,18 @@ class GenerationTable:
                 text=self.text[i].tobytes().decode("utf-8", "replace"),
                 num_prompt_tokens=num_prompt,
                 error=self.error[i].tobytes().decode("utf-8", "replace"),
+                **(of_row({name: column[i] for name, column in self.optional.items()}) if self.optional else {}),
             )
 
     def take(self, indices: np.ndarray) -> GenerationTable:
         """The rows at `indices` (int64), in that order."""
         scalars = {name: getattr(self, name)[indices] for name in SCALAR_COLUMNS}
         ragged = {name: getattr(self, name).take(indices) for name in RAGGED_COLUMNS}
-        return GenerationTable(**scalars, **ragged)
+        optional = {
+            name: column.take(indices) if isinstance(column, Ragged) else column[indices]
+            for name, column in self.optional.items()
+        }
+        return GenerationTable(**scalars, **ragged, optional=optional)
 
     @staticmethod
     def concatenate(tables: Sequence[GenerationTable]) -> GenerationTable:
@@ -145,7 +173,12 @@ class GenerationTable:
             return tables[0]
         scalars = {name: np.concatenate([getattr(t, name) for t in tables]) for name in SCALAR_COLUMNS}
         ragged = {name: Ragged.concatenate([getattr(t, name) for t in tables]) for name in RAGGED_COLUMNS}
-        return GenerationTable(**scalars, **ragged)
+        optional = {}
+        for name in OPTIONAL_COLUMNS:
+            if any(name in table.optional for table in tables):
+                parts = [table.optional_column(name) for table in tables]
+                optional[name] = Ragged.concatenate(parts) if name in OPTIONAL_RAGGED else np.concatenate(parts)
+        return GenerationTable(**scalars, **ragged, optional=optional)
 
     def sorted(self) -> GenerationTable:
         """By (row, sample); rows of one key keep their order."""

@@ -6,13 +6,14 @@ import contextlib
 import errno
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import h5py
 import numpy as np
 
 from hpcinfer.data.generation_table import OFFSET_COLUMNS, RAGGED_COLUMNS, SCALAR_COLUMNS, GenerationTable, Ragged
+from hpcinfer.data.optional_columns import OPTIONAL_COLUMNS, OPTIONAL_RAGGED, OPTIONAL_SCALARS
 from hpcinfer.errors import DataError
 from hpcinfer.request import FinishReason, Generation, Status
 
@@ -30,11 +31,11 @@ _ENUMS = {
 }
 
 
-def column_names() -> list[str]:
-    """Names of all data sets of the group, offsets included."""
-    names = list(SCALAR_COLUMNS)
-    for name in RAGGED_COLUMNS:
-        names += [name, OFFSET_COLUMNS[name]]
+def column_names(optional: Iterable[str] = ()) -> list[str]:
+    """Names of all data sets of the group, offsets included, with some of the `OPTIONAL_COLUMNS`."""
+    names = []
+    for name in (*SCALAR_COLUMNS, *RAGGED_COLUMNS, *optional):
+        names += [name, OFFSET_COLUMNS[name]] if name in OFFSET_COLUMNS else [name]
     return names
 
 
@@ -42,7 +43,7 @@ def column_dtype(name: str) -> np.dtype:
     """The stored dtype of a data set of the group."""
     if name in OFFSET_COLUMNS.values():
         return np.dtype("i8")
-    return SCALAR_COLUMNS.get(name) or RAGGED_COLUMNS[name]
+    return (SCALAR_COLUMNS | RAGGED_COLUMNS | OPTIONAL_SCALARS | OPTIONAL_RAGGED)[name]
 
 
 def write_root_attributes(file: h5py.File, run_uuid: str, complete: bool) -> None:
@@ -70,7 +71,7 @@ def encode_table(table: GenerationTable, run_uuid: str) -> bytes:
     with h5py.File(unused_path, "w", driver="core", backing_store=False, libver=LIBVER) as file:
         write_root_attributes(file, run_uuid, complete=False)
         group = file.create_group(GROUP)
-        for name in column_names():
+        for name in column_names(table.optional):
             values = _column(table, name)
             if values.size:
                 chunk = min(len(values), max(1, CHUNK_BYTES // values.itemsize))
@@ -90,8 +91,13 @@ def encode_generations(generations: Sequence[Generation], run_uuid: str) -> byte
 def _column(table: GenerationTable, name: str) -> np.ndarray:
     for ragged, offsets in OFFSET_COLUMNS.items():
         if name == offsets:
-            return getattr(table, ragged).offsets
-    return getattr(table, name).data if name in RAGGED_COLUMNS else getattr(table, name)
+            return _values(table, ragged).offsets
+    values = _values(table, name)
+    return values.data if isinstance(values, Ragged) else values
+
+
+def _values(table: GenerationTable, name: str) -> np.ndarray | Ragged:
+    return table.optional[name] if name in OPTIONAL_COLUMNS else getattr(table, name)
 
 
 class GenerationFile:
@@ -135,8 +141,14 @@ class GenerationFile:
         group = self._file.get(GROUP)
         if not isinstance(group, h5py.Group):
             raise DataError(f"{self.path} has no group /{GROUP}", found=f"{sorted(self._file)}")
+        self.optional: tuple[str, ...] = tuple(name for name in OPTIONAL_COLUMNS if name in group)
+        """Those of the `OPTIONAL_COLUMNS` that it has."""
+        self.ragged: dict[str, np.dtype] = RAGGED_COLUMNS | {
+            name: OPTIONAL_RAGGED[name] for name in self.optional if name in OPTIONAL_RAGGED
+        }
+        """Its ragged columns, and the dtypes of their values."""
         self._columns: dict[str, h5py.Dataset] = {}
-        for name in column_names():
+        for name in column_names(self.optional):
             dataset = group.get(name)
             if not isinstance(dataset, h5py.Dataset) or dataset.ndim != 1 or dataset.dtype != column_dtype(name):
                 found_text = f"{dataset.dtype} {dataset.shape}" if isinstance(dataset, h5py.Dataset) else "nothing"
@@ -148,9 +160,9 @@ class GenerationFile:
         """Rows in this file."""
         for name, dataset in self._columns.items():
             expected = self.num_rows + (name in OFFSET_COLUMNS.values())
-            if name not in RAGGED_COLUMNS and len(dataset) != expected:
+            if name not in self.ragged and len(dataset) != expected:
                 raise DataError(f"{self.path}: /{GROUP}/{name} has {len(dataset)} values", fix=f"it needs {expected}")
-        for name in RAGGED_COLUMNS:
+        for name in self.ragged:
             offsets, size = self._columns[OFFSET_COLUMNS[name]], len(self._columns[name])
             if int(offsets[0]) != 0 or int(offsets[-1]) != size:
                 raise DataError(
@@ -199,7 +211,7 @@ class GenerationFile:
         return self.column("status")
 
     def offsets(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """int64 [stop - start + 1] offsets of a ragged column (text, token_ids, error), checked never to fall."""
+        """int64 [stop - start + 1] offsets of a ragged column (text, token_ids, ...), checked never to fall."""
         stop = self.num_rows if stop is None else stop
         offsets = self.column(OFFSET_COLUMNS[name], start, stop + 1)
         if offsets[0] < 0 or np.any(np.diff(offsets) < 0) or offsets[-1] > len(self._columns[name]):
@@ -212,11 +224,16 @@ class GenerationFile:
         scalars = {name: self.column(name, start, stop) for name in SCALAR_COLUMNS}
         if np.any(scalars["status"] > max(Status)) or np.any(scalars["finish_reason"] > max(FinishReason)):
             raise DataError(f"{self.path}: unknown status or finish_reason between rows {start} and {stop}")
-        ragged = {}
-        for name in RAGGED_COLUMNS:
-            offsets = self.offsets(name, start, stop)
-            ragged[name] = Ragged(self.column(name, int(offsets[0]), int(offsets[-1])), offsets - offsets[0])
-        return GenerationTable(**scalars, **ragged)
+        ragged = {name: self._ragged(name, start, stop) for name in RAGGED_COLUMNS}
+        optional = {
+            name: self._ragged(name, start, stop) if name in self.ragged else self.column(name, start, stop)
+            for name in self.optional
+        }
+        return GenerationTable(**scalars, **ragged, optional=optional)
+
+    def _ragged(self, name: str, start: int, stop: int) -> Ragged:
+        offsets = self.offsets(name, start, stop)
+        return Ragged(self.column(name, int(offsets[0]), int(offsets[-1])), offsets - offsets[0])
 
     def tables(self, max_rows: int = _BLOCK_ROWS, max_bytes: int = _BLOCK_BYTES) -> Iterator[GenerationTable]:
         """The file from start to end in tables of at most `max_rows` rows and about `max_bytes` bytes (one row at
@@ -226,7 +243,7 @@ class GenerationFile:
         while start < self.num_rows:
             stop = min(self.num_rows, start + max_rows)
             sizes = np.zeros(stop - start, np.int64)
-            for name, dtype in RAGGED_COLUMNS.items():
+            for name, dtype in self.ragged.items():
                 sizes += np.diff(self.offsets(name, start, stop)) * dtype.itemsize
             fitting = int(np.searchsorted(np.cumsum(sizes), max_bytes, side="right"))
             stop = start + max(1, min(fitting, stop - start))

@@ -111,7 +111,9 @@ def _add_generations(description: Description, num_rows: int) -> None:
         with GenerationFile(description.path) as file:
             description.num_rows = file.num_rows
             description.layout = "complete" if file.complete else "segment, or output that is not complete"
-            description.first_rows = [as_entry(one, token_ids=True) for one in itertools.islice(file, num_rows)]
+            description.first_rows = [
+                as_entry(one, token_ids=True, optional=file.optional) for one in itertools.islice(file, num_rows)
+            ]
     except OSError as error:
         raise DataError(f"cannot read {description.path}", found=str(error)) from error
 

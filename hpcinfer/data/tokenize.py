@@ -114,6 +114,21 @@ class Tokenizer:
         except Exception:  # the library raises bare Exception, and does not say which text it was
             return [self._encode_alone(text) for text in texts]
 
+    def encode_continued(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[tuple[np.ndarray, int] | RowError]:
+        """Of each prompt with its continuation, tokenised as one text: token ids, int32, and the place of the first token that has
+        something of the continuation. A text that cannot be tokenised gives a RowError in its place.
+        """
+        found: list[tuple[np.ndarray, int] | RowError] = []
+        for prompt, continuation in zip(prompts, continuations, strict=True):
+            try:
+                encoding = self._tokenizer.encode(prompt + continuation)
+            except Exception as error:  # see encode_batch
+                found.append(RowError(f"prompt and continuation cannot be tokenised: {error}"))
+                continue
+            behind = [place for place, (_, end) in enumerate(encoding.offsets) if end > len(prompt)]
+            found.append((np.array(encoding.ids, np.int32), behind[0]) if behind else RowError("the continuation has no tokens"))
+        return found
+
     def _encode_alone(self, text: str) -> np.ndarray | RowError:
         try:
             return np.array(self._tokenizer.encode(text).ids, np.int32)

@@ -25,7 +25,7 @@ from hpcinfer.models.weights import load_stage
 from hpcinfer.observe.metrics import PhaseClock
 from hpcinfer.parallel.groups import build_groups
 from hpcinfer.parallel.mesh import Mesh
-from hpcinfer.request import Generation, Request, SamplingParams
+from hpcinfer.request import Generation, Request, SamplingParams, TaskParams
 from hpcinfer.sampling.grammar import Grammars
 
 _QUEUE_DEPTH = 2
@@ -68,7 +68,7 @@ class Engine:
         )
         self._replica.stop_texts = StopTexts(self._tokenizer) if self._tokenizer else None
         self._vocab_size = config.vocab_size
-        self._requests = RequestBuilder(self._tokenizer, config.vocab_size, grammars)
+        self._grammars = grammars
         self._queue_depth = _QUEUE_DEPTH * engine.max_sequences
 
     @property
@@ -77,19 +77,21 @@ class Engine:
         return self._replica.scheduler
 
     def generate(
-        self, prompts: Iterable[str | Sequence[int]], sampling: SamplingParams = SamplingParams()
+        self, prompts: Iterable[str | Sequence[int]], sampling: SamplingParams = SamplingParams(), task: TaskParams = TaskParams()
     ) -> Iterator[Generation]:
-        """Generate for each prompt; yield each generation as it finishes, in no fixed order.
+        """Generate for each prompt, or score or embed it; yield each generation as it finishes, in no fixed order.
 
         Args:
             prompts: strings, or sequences of token ids. Read only as far ahead as the engine needs, so it may be endless.
             sampling: for all of them.
+            task: what is done with them.
 
         Yields:
             Generations; `row` is the number of the prompt, counted from 0. A prompt that cannot be run yields one with
             status FAILED and the reason.
         """
         waiting = iter(enumerate(prompts))
+        builder = RequestBuilder(self._tokenizer, self._vocab_size, self._grammars, task=task)
         exhausted = False
         try:
             while not exhausted or not self._replica.is_idle:
@@ -99,7 +101,7 @@ class Engine:
                     if row is None:
                         exhausted = True
                     else:
-                        yield from self._accept(row, prompt, sampling, requests)
+                        yield from self._accept(row, prompt, sampling, requests, builder)
                 for ended in self._replica.step(requests):
                     yield generation_of(ended, self._tokenizer)
         finally:
@@ -107,13 +109,13 @@ class Engine:
                 self._replica.step([], drain=True)
 
     def _accept(
-        self, row: int, prompt: str | Sequence[int], sampling: SamplingParams, requests: list[Request]
+        self, row: int, prompt: str | Sequence[int], sampling: SamplingParams, requests: list[Request], builder: RequestBuilder
     ) -> Iterator[Generation]:
         """Add the prompt's samples to `requests`, or yield a failed generation for each."""
         try:
             token_ids = self._token_ids(prompt)
             made = [
-                self._requests.build(row=row, sample=sample, prompt_token_ids=token_ids, sampling=sampling)
+                builder.build(row=row, sample=sample, prompt_token_ids=token_ids, sampling=sampling)
                 for sample in range(sampling.n)
             ]
             self._replica.scheduler.refuse(made[0])

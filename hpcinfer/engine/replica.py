@@ -9,11 +9,11 @@ from collections.abc import Callable
 import numpy as np
 
 from hpcinfer.batch import Step
-from hpcinfer.comm.communicator import Handle
 from hpcinfer.comm.host import Expected, HostChannel
 from hpcinfer.comm.operation import Mark
 from hpcinfer.data.stop_text import StopTexts
-from hpcinfer.engine.worker import PlannedStep, Worker
+from hpcinfer.engine.findings import note
+from hpcinfer.engine.worker import PlannedStep, StepResults, Worker
 from hpcinfer.observe.trace import TICK, Recorder, span
 from hpcinfer.request import Request
 from hpcinfer.sampling.grammar import Grammars
@@ -69,7 +69,7 @@ class Replica:
         self._mark = mark or Mark()
         self._recorder = recorder
         self._next_tick = 0
-        self._drawing: dict[int, list[tuple[tuple[int, ...], Handle]]] = {}  # tick -> (sequence ids, their tokens)
+        self._in_flight: dict[int, tuple[Step, dict[int, StepResults]]] = {}  # tick -> what its lanes find
 
     @property
     def is_leader(self) -> bool:
@@ -90,9 +90,7 @@ class Replica:
         ended, planned = self._take(self._message(tuple(requests), give_back=give_back, drain=drain))
         if planned is not None:
             with span(self._recorder, "execute", TICK, tick=planned.step.tick):
-                drawn = self._worker.execute(planned)
-            drawing = planned.step.drawing
-            self._drawing[planned.step.tick] = [(drawing[lane], drawn[lane]) for lane in sorted(drawn)]
+                self._in_flight[planned.step.tick] = (planned.step, self._worker.execute(planned))
         return ended
 
     def stop(self) -> None:
@@ -101,7 +99,7 @@ class Replica:
         Raises:
             CommunicationError: another rank did not get there within the deadline.
         """
-        while self._drawing:  # tokens in flight must be received before communicators close
+        while self._in_flight:  # tokens in flight must be received before communicators close
             self.step([], drain=True)
         self._take(self._message(stop=True))
         self._leave()
@@ -157,9 +155,14 @@ class Replica:
         return message
 
     def _results(self, tick: int) -> tuple[np.ndarray, np.ndarray]:
-        drawn = self._drawing.pop(tick, [])
-        ids = [np.array(ids, np.int64) for ids, _ in drawn]
-        tokens = [handle.wait().numpy() for _, handle in drawn]
+        ids, tokens = [], []
+        if tick in self._in_flight:
+            step, found = self._in_flight.pop(tick)
+            for lane, results in sorted(found.items()):
+                if results.tokens is not None:
+                    ids.append(np.array(step.drawing[lane], np.int64))
+                    tokens.append(results.tokens.wait().numpy())
+                note(self.scheduler, step, lane, results)
         return np.concatenate([np.empty(0, np.int64), *ids]), np.concatenate([np.empty(0, np.int64), *tokens])
 
     def _stopped(self, ids: np.ndarray, tokens: np.ndarray) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """Embedding and head, split over the ranks by vocabulary.
 
-Shape letters: T tokens, P of them on this rank, D model, V vocabulary, S rows whose logits are wanted.
+Shape letters: T tokens, P of them on this rank, D model, V vocabulary, S rows whose logits are wanted, R rows of which the
+log-probability of a token is wanted.
 """
 
 from __future__ import annotations
@@ -9,9 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from hpcinfer.comm.communicator import Communicator
+from hpcinfer.kernels.logprobs import join_shards, reduce_shard
 from hpcinfer.parallel.segments import Segments
 from hpcinfer.parallel.tensor import TokenStream
 from hpcinfer.layers.shard import check_shape, copy_shard, part_range, part_size
+
+_LOGITS_AT_ONCE = 2**24
+"""Logits of a prompt that a rank makes at a time: far fewer than a step may draw from."""
 
 
 class VocabParallelEmbedding:
@@ -105,3 +110,22 @@ class ParallelHead:
             start, end = part_range(self.vocab_size, self._tp.size, rank)
             joined[:, start:end] = part[:, : end - start]
         return joined
+
+    def logprobs(self, hidden: torch.Tensor, tokens: torch.Tensor, num_top: int) -> Segments:
+        """The log-probabilities of tokens int64 [R] after hidden [R, D], on every rank, with those of the `num_top` most likely ones.
+
+        Logits are made for a few rows at a time and stay on their rank. Collective: one all-gather over tp when split; R > 0.
+
+        Returns (as the generator's value):
+            int32 [R, 1 + 2 num_top], see `kernels.logprobs.join_shards`.
+        """
+        start, end = self._range
+        rows = max(1, _LOGITS_AT_ONCE // self.weight.shape[0])
+        reduced = torch.cat([
+            reduce_shard(F.linear(some, self.weight)[:, : end - start], of, start=start, num_top=num_top)
+            for some, of in zip(hidden.split(rows), tokens.split(rows), strict=True)
+        ])
+        if self._tp.size == 1:
+            return join_shards(reduced[None], num_top)
+        gathered = yield self._tp.all_gather(reduced, label="logprobs")
+        return join_shards(gathered.view(self._tp.size, *reduced.shape), num_top)

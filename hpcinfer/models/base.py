@@ -15,7 +15,7 @@ import torch
 
 from hpcinfer.attention.base import AttentionBackend
 from hpcinfer.attention.metadata import AttentionMetadata, build_metadata, to_device
-from hpcinfer.batch import MicroBatch
+from hpcinfer.batch import MicroBatch, Reading
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.errors import ConfigError
 from hpcinfer.kvcache.layout import KvLayout
@@ -29,6 +29,28 @@ WeightLoader: TypeAlias = Callable[[torch.Tensor], None]
 shard: the tensor's memory is used again after the call."""
 
 
+class Readout:
+    """What a last stage reads from its final hidden states beside logits, and, when it has, what it read.
+
+    Args:
+        reading: of the microbatch. Q sums are wanted in it, and the log-probabilities of R tokens.
+        device: of the stage.
+    """
+
+    def __init__(self, reading: Reading, device: torch.device) -> None:
+        rows = np.flatnonzero(reading.targets >= 0)
+        self.rows = to_device(torch.from_numpy(rows), device)
+        """int64 [R]: tokens after which the log-probability of another one is wanted."""
+        self.targets = to_device(torch.from_numpy(reading.targets[rows]), device)
+        """int64 [R]: those others."""
+        self.num_top = reading.num_top
+        self.pools = reading.pools
+        self.logprobs: torch.Tensor | None = None
+        """int32 [R, 1 + 2 num_top], see `kernels.logprobs.join_shards`."""
+        self.pooled: torch.Tensor | None = None
+        """float64 [Q, D]: sums of hidden states after the last norm."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class StageInputs:
     """What a stage computes one microbatch from."""
@@ -40,6 +62,8 @@ class StageInputs:
     """int64 [T]; for the first stage."""
     hidden: torch.Tensor | None = None
     """[P, D] in the model's dtype, from the stage before; for every other stage."""
+    readout: Readout | None = None
+    """What the last stage is to read beside logits."""
 
     @classmethod
     def from_microbatch(
@@ -51,12 +75,14 @@ class StageInputs:
         lane: int = 0,
         hidden: torch.Tensor | None = None,
         drawn: torch.Tensor | None = None,
+        readout: Readout | None = None,
     ) -> StageInputs:
         """Make the tensors of a microbatch on a rank of `lane`.
 
         Args:
             hidden: given on every stage but the first.
             drawn: int64, the tokens that this lane drew in the step before; read where token ids are negative.
+            readout: of the microbatch's `reading`, on the last stage.
         """
         ends = np.cumsum(microbatch.query_lens, dtype=np.int64) - 1
         draws = np.asarray(microbatch.samples, bool) & (np.asarray(microbatch.query_lens) > 0)
@@ -70,6 +96,7 @@ class StageInputs:
             sample_indices=to_device(torch.from_numpy(ends[draws]), device),
             token_ids=token_ids,
             hidden=hidden,
+            readout=readout,
         )
 
 

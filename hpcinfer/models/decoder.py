@@ -26,7 +26,7 @@ from hpcinfer.layers.attention import Attention
 from hpcinfer.layers.embedding import ParallelHead, VocabParallelEmbedding
 from hpcinfer.layers.moe import MoeMlp
 from hpcinfer.layers.rotary import Rotary
-from hpcinfer.models.base import StageInputs, StageModel, WeightLoader
+from hpcinfer.models.base import Readout, StageInputs, StageModel, WeightLoader
 from hpcinfer.parallel.axes import StageAxes
 from hpcinfer.parallel.segments import Segments
 
@@ -158,9 +158,25 @@ class DecoderStage(StageModel):
         hidden = yield from self.run_layers(hidden, metadata, kv, len(self.layers))
         if self.head is None:
             return hidden
-        drawn = yield from self.stream.select(hidden, inputs.sample_indices, metadata.num_tokens, label="head")
+        if inputs.readout is None:
+            drawn = yield from self.stream.select(hidden, inputs.sample_indices, metadata.num_tokens, label="head")
+        else:
+            hidden = yield from self.stream.gather(hidden, metadata.num_tokens, label="head")
+            yield from self._read(hidden, inputs.readout)
+            drawn = hidden[inputs.sample_indices]
         logits = yield from self.head.forward(self.norm.forward(drawn))
         return logits
+
+    def _read(self, hidden: torch.Tensor, readout: Readout) -> Generator[Handle, torch.Tensor, None]:
+        """From hidden [T, D] of the last layer."""
+        if len(readout.rows):
+            normed = self.norm.forward(hidden[readout.rows])
+            readout.logprobs = yield from self.head.logprobs(normed, readout.targets, readout.num_top)
+        if readout.pools:
+            # In float64, so that the sum does not depend on how a prompt was cut into chunks.
+            readout.pooled = torch.stack(
+                [self.norm.forward(hidden[first:stop]).double().sum(dim=0) for first, stop in readout.pools]
+            )
 
     def run_layers(
         self, hidden: torch.Tensor, metadata: AttentionMetadata, kv: KvPool, num_layers: int

@@ -11,7 +11,7 @@ from hpcinfer.batch import MicroBatch, Step
 from hpcinfer.comm.communicator import FinishedHandle, Handle
 from hpcinfer.comm.operation import Mark
 from hpcinfer.kvcache.pool import KvPool
-from hpcinfer.models.base import StageInputs, StageModel
+from hpcinfer.models.base import Readout, StageInputs, StageModel
 from hpcinfer.parallel.segments import Segments
 from hpcinfer.pipeline.graphs import DecodeGraphs
 from hpcinfer.pipeline.schedule import interleave
@@ -26,6 +26,8 @@ class PreparedStep:
     step: Step
     arriving: tuple[Handle | None, ...]
     """One for each part; None on the first stage and where the lane has no tokens."""
+    readouts: tuple[Readout | None, ...]
+    """One for each part; None but on the last stage, and where nothing is read beside logits."""
 
 
 class StageRunner:
@@ -58,9 +60,19 @@ class StageRunner:
         self._last_sent = (-1, 0)  # tick and part
         self._watch = SegmentWatch(Mark()) if watch is None else watch
 
+    @property
+    def hidden_size(self) -> int:
+        """D of the model."""
+        return self._model.config.hidden_size
+
     def prepare(self, step: Step) -> PreparedStep:
         """Post the receives of a step, perhaps long before it is computed. Steps are prepared in the order of their ticks."""
-        return PreparedStep(step=step, arriving=tuple(self._receive(part) for part in step.parts))
+        return PreparedStep(
+            step=step, arriving=tuple(self._receive(part) for part in step.parts),
+            readouts=tuple(
+                Readout(part.reading, self._model.device) if part.reading and self._links.is_last else None for part in step.parts
+            ),
+        )
 
     @torch.inference_mode()
     def run(
@@ -80,16 +92,16 @@ class StageRunner:
             float32 logits [S, V] on the last stage; None on the others, whose activations are on their way.
         """
         active = [
-            (part, arriving) for part, arriving in zip(prepared.step.parts, prepared.arriving, strict=True)
-            if self._takes_part(part)
+            turn for turn in zip(prepared.step.parts, prepared.arriving, prepared.readouts, strict=True)
+            if self._takes_part(turn[0])
         ]
-        parts = [part for part, _ in active]
+        parts = [part for part, *_ in active]
         key = self.graphs.key_of(parts) if self.graphs is not None and parts else None
         if key is not None:
-            outputs = self._replay(key, active, drawn, between)
+            outputs = self._replay(key, parts, [arriving for _, arriving, _ in active], drawn, between)
         else:
             outputs = interleave(
-                [self._forward(part, arriving, drawn) for part, arriving in active], between=between,
+                [self._forward(*turn, drawn) for turn in active], between=between,
                 before_segment=self._watch.before_segment(parts), on_segment=self._watch.on_segment(parts),
             )
         if not self._links.is_last:
@@ -116,7 +128,9 @@ class StageRunner:
         """A lane without tokens of its own computes only where other lanes need it."""
         return bool(part.num_tokens or any(part.shared_lens) or self._model.axes.ep_spans_lanes)
 
-    def _forward(self, part: MicroBatch, arriving: Handle | None, drawn: torch.Tensor | None) -> Segments:
+    def _forward(
+        self, part: MicroBatch, arriving: Handle | None, readout: Readout | None, drawn: torch.Tensor | None
+    ) -> Segments:
         """One microbatch: wait for its activations, compute, send on."""
         hidden = None
         if not self._links.is_first:
@@ -124,7 +138,7 @@ class StageRunner:
             hidden = yield arriving or FinishedHandle(self._links.empty(), "activations")
         inputs = StageInputs.from_microbatch(
             part, block_size=self._kv.layout.block_size, device=self._model.device, lane=self._lane, hidden=hidden,
-            drawn=drawn,
+            drawn=drawn, readout=readout,
         )
         output = yield from self._model.forward(inputs, self._kv)
         self._send(part, output)
@@ -133,13 +147,13 @@ class StageRunner:
     def _replay(
         self,
         key: tuple[int, ...],
-        active: list[tuple[MicroBatch, Handle | None]],
+        parts: list[MicroBatch],
+        arriving: list[Handle | None],
         drawn: torch.Tensor | None,
         between: Callable[[], None] | None,
     ) -> list[torch.Tensor]:
         """All microbatches of a decode step at once: wait for their activations, replay, send on."""
-        hidden = [None if arriving is None else arriving.wait() for _, arriving in active]
-        parts = [part for part, _ in active]
+        hidden = [None if handle is None else handle.wait() for handle in arriving]
         outputs = self.graphs.run(key, parts, hidden, drawn)
         if between is not None:
             between()

@@ -243,6 +243,7 @@ def _sum_up(
         layout=_layout(checked, world.size),
         nccl=world.nccl_settings,
         counters=dict(counters),
+        task=job.task.kind,
         experts=expert_balance([result.expert_load for result in results]),
         weights_read_bytes=sum(result.weights_read_bytes for result in results),
         trial=trial,

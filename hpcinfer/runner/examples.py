@@ -30,6 +30,10 @@ def example_lines(job: JobConfig, output: str, count: int) -> Iterator[str]:
 def _answer(generation: Generation) -> object:
     if generation.status is Status.FAILED:
         return f"failed: {generation.error}"
+    if generation.score is not None:
+        return f"log-probability {generation.score.logprob:.4g}, perplexity {generation.score.perplexity:.4g}"
+    if generation.embedding is not None:
+        return f"{len(generation.embedding)} numbers: " + " ".join(f"{value:.4g}" for value in generation.embedding[:8])
     return generation.text or generation.token_ids
 
 

@@ -13,7 +13,7 @@ from hpcinfer.data.tokenize import Tokenizer
 from hpcinfer.engine.outcome import failed_generation
 from hpcinfer.engine.requests import RequestBuilder
 from hpcinfer.errors import RowError
-from hpcinfer.request import Generation, Request, SamplingParams
+from hpcinfer.request import Generation, Request, SamplingParams, TaskParams
 from hpcinfer.runner.ahead import Ahead
 from hpcinfer.runner.prompt_limit import PromptLimit
 from hpcinfer.sampling.grammar import Grammars
@@ -31,8 +31,8 @@ _MOST_AHEAD_BYTES = 64 * 2**20
 _FAILED_AT_ONCE = 256
 """Rows that cannot be run given back at a time: a stretch of them must not keep the loop from its other duties."""
 
-Pending = dict[int, list[tuple[int, np.ndarray | None]]]
-"""row -> (sample, token ids of an earlier life or None) of what a claim still needs."""
+Pending = dict[int, list[tuple[int, Generation | None]]]
+"""row -> (sample, partial row of an earlier life or None) of what a claim still needs."""
 
 
 class RowFeed:
@@ -47,6 +47,7 @@ class RowFeed:
         refuse: raises RowError for a request that can never run (too long for the context or the K/V cache). Called in the thread.
         vocab_size: token ids of prompts must be below it.
         grammars: of the replica, for constraints.
+        task: what is done with each row.
     """
 
     def __init__(
@@ -60,13 +61,15 @@ class RowFeed:
         vocab_size: int,
         limit: PromptLimit | None = None,
         grammars: Grammars | None = None,
+        task: TaskParams = TaskParams(),
     ) -> None:
         self._ledger = ledger
         self._reader = reader
         self._tokenizer = tokenizer
         self._sampling = sampling
         self._refuse = refuse
-        self._builder = RequestBuilder(tokenizer, vocab_size, grammars)
+        self._task = task
+        self._builder = RequestBuilder(tokenizer, vocab_size, grammars, task=task)
         self._limit = limit
         self._ahead: Ahead[Request | Generation] = Ahead(_num_bytes, max_items=_MOST_AHEAD, max_bytes=_MOST_AHEAD_BYTES)
         self._num_open = 0
@@ -140,12 +143,30 @@ class RowFeed:
                     yield row
 
     def _requests(self, rows: list[PromptRow], pending: Pending) -> Iterator[Request | Generation]:
-        texts = [row.text for row in rows if row.text is not None]
-        encoded = iter(self._encode(texts))
+        texts = [row.text for row in rows if row.text is not None and row.continuation is None]
+        encoded, continued = iter(self._encode(texts)), self._encode_continued(rows)
         for row in rows:
-            token_ids = next(encoded) if row.text is not None else row.token_ids
+            score_from = 1
+            if row.row in continued:
+                token_ids, score_from = continued[row.row]
+            else:
+                token_ids = next(encoded) if row.text is not None else row.token_ids
             for sample, earlier in pending[row.row]:
-                yield self._request(row, sample, token_ids, earlier)
+                yield self._request(row, sample, token_ids, earlier, score_from)
+
+    def _encode_continued(self, rows: list[PromptRow]) -> dict[int, tuple[np.ndarray | RowError, int]]:
+        """Row -> token ids of prompt and continuation, and where the continuation begins; of the rows that have one."""
+        found = {
+            row.row: (np.concatenate([row.token_ids, row.continuation]), len(row.token_ids))
+            for row in rows if row.continuation is not None and row.token_ids is not None
+        }
+        texts = [row for row in rows if row.continuation is not None and row.text is not None]
+        if texts and self._tokenizer is None:
+            return found | {row.row: (self._encode([row.text])[0], 1) for row in texts}
+        if texts:
+            pairs = self._tokenizer.encode_continued([row.text for row in texts], [row.continuation for row in texts])
+            found |= {row.row: (pair, 1) if isinstance(pair, RowError) else pair for row, pair in zip(texts, pairs, strict=True)}
+        return found
 
     def _encode(self, texts: list[str]) -> list[np.ndarray | RowError]:
         if self._tokenizer is None:
@@ -153,7 +174,8 @@ class RowFeed:
         return self._tokenizer.encode_batch(texts) if texts else []
 
     def _request(
-        self, row: PromptRow, sample: int, token_ids: np.ndarray | RowError | None, earlier: np.ndarray | None
+        self, row: PromptRow, sample: int, token_ids: np.ndarray | RowError | None, earlier: Generation | None,
+        score_from: int,
     ) -> Request | Generation:
         num_tokens = 0
         try:
@@ -161,9 +183,14 @@ class RowFeed:
             if isinstance(token_ids, RowError):
                 raise token_ids
             num_tokens = len(token_ids)
-            token_ids = self._limit.fit(token_ids, sampling.max_tokens) if self._limit else token_ids
+            max_tokens = sampling.max_tokens if self._task.generates else 1
+            if self._limit is not None and row.continuation is not None:
+                token_ids, score_from = self._limit.fit_continued(token_ids, max_tokens, score_from)
+            elif self._limit is not None:
+                token_ids = self._limit.fit(token_ids, max_tokens)
             request = self._builder.build(
-                row=row.row, sample=sample, prompt_token_ids=token_ids, sampling=sampling, output_token_ids=earlier
+                row=row.row, sample=sample, prompt_token_ids=token_ids, sampling=sampling, earlier=earlier,
+                score_from=max(1, score_from),
             )
             self._refuse(request)
         except RowError as error:

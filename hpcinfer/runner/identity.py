@@ -10,7 +10,7 @@ from typing import Any
 from hpcinfer.config.job import JobConfig
 from hpcinfer.data.ledger.rounds import NO_TRUNCATION
 from hpcinfer.errors import CheckpointError
-from hpcinfer.request import SamplingParams
+from hpcinfer.request import SamplingParams, TaskParams
 
 _FIRST_FIELDS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop_token_ids", "ignore_eos")
 """Fields of SamplingParams that every run directory has. Later ones are left out where they have their default, so that runs that
@@ -46,7 +46,14 @@ def sampling_facts(job: JobConfig, max_context: int) -> dict[str, Any]:
     kept["max_context"] = max_context
     kept |= {"max_prompt_tokens": job.data.max_prompt_tokens} if job.data.max_prompt_tokens else {}
     kept |= {"truncate": job.data.truncate} if job.data.truncate != NO_TRUNCATION else {}
-    return kept
+    return kept | _task_facts(job.task)
+
+
+def _task_facts(task: TaskParams) -> dict[str, Any]:
+    """What another task would find otherwise; nothing where tokens are generated, as all runs once did."""
+    if task.kind == "embed":
+        return {"task": task.kind, "pooling": task.pooling, "normalize": task.normalize}
+    return {} if task.generates else {"task": task.kind, "continuation": task.continuation}
 
 
 def _digest(files: list[Path]) -> str:

@@ -96,6 +96,7 @@ def lead(
         Forecast(left_s=left_s) if forecasts and left_s is not None else None,
         log, run, own_id=writer.id, rows_total=coverage.num_wanted,
         rows_done=coverage.num_wanted - coverage.num_missing, known=known,
+        tokens="output_tokens" if job.task.generates else "prompt_tokens",
     )
     plan = DrainPlan(drain, drain_s=job.run.drain_limit_s, margin_s=job.run.margin_s, left_s=left_s)
     with span(recorder, "open prompts"):
@@ -134,7 +135,7 @@ def _loop(
     replica.stop_texts = StopTexts(tokenizer) if tokenizer else None
     feed = RowFeed(
         ledger, reader, tokenizer, job.sampling,
-        refuse=replica.scheduler.refuse, vocab_size=checked.model.vocab_size,
+        refuse=replica.scheduler.refuse, vocab_size=checked.model.vocab_size, task=job.task,
         limit=prompt_limit(job, replica.scheduler.limits.max_context), grammars=replica.grammars,
     )
     return ReplicaLoop(
@@ -154,6 +155,7 @@ def _loop(
         clock=clock,
         on_tick=progress.update,
         recorder=recorder,
+        generates=job.task.generates,
     )
 
 

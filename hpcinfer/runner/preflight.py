@@ -133,8 +133,15 @@ def open_run(job: JobConfig, checked: CheckedJob, plan: ReplicaPlan, environment
 
 
 def open_job_prompts(job: JobConfig) -> PromptsReader:
-    """The prompts of a job."""
-    return open_prompts(job.data.prompts, job.data.dataset or None)
+    """The prompts of a job, with the continuations that it scores."""
+    reader = open_prompts(job.data.prompts, job.data.dataset or None)
+    if job.task.continuation:
+        try:
+            reader.read_continuations(job.task.continuation)
+        except BaseException:
+            reader.close()
+            raise
+    return reader
 
 
 def job_tokenizer(job: JobConfig) -> Tokenizer | None:
@@ -144,9 +151,10 @@ def job_tokenizer(job: JobConfig) -> Tokenizer | None:
 
 def prompt_limit(job: JobConfig, max_context: int) -> PromptLimit:
     """What a job does with too long prompts. Raises ConfigError where its limit is above the context's."""
+    max_context += not job.task.generates  # no room is needed for an output token
     if job.data.max_prompt_tokens >= max_context:
         raise ConfigError(
-            f"data.max_prompt_tokens = {job.data.max_prompt_tokens} leaves no room for an output token",
-            found=f"a context of {max_context} tokens", fix=f"give at most {max_context - 1}",
+            f"data.max_prompt_tokens = {job.data.max_prompt_tokens} is too much for the context",
+            found=f"at most {max_context - 1} fit", fix=f"give at most {max_context - 1}",
         )
     return PromptLimit(max_context, job.data.max_prompt_tokens, job.data.truncate)

@@ -58,6 +58,7 @@ class RunProgress:
         rows_total: output rows of the run.
         rows_done: output rows done before this start.
         known: writers of earlier lives, whose rows are in `rows_done` already; read by `earlier_writers`.
+        tokens: which of them are shown: the name of a figure of loops and heartbeats.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class RunProgress:
         rows_total: int,
         rows_done: int,
         known: dict[str, dict],
+        tokens: str = "output_tokens",
     ) -> None:
         self._bar = bar
         self._forecast = forecast
@@ -80,6 +82,7 @@ class RunProgress:
         self._total = rows_total
         self._before = rows_done
         self._known = known
+        self._tokens = tokens
         self._others = (0, 0, 0)
         self._read_at = float("-inf")
 
@@ -99,7 +102,7 @@ class RunProgress:
             # Two writers may have run the same row once in a while: never show more than there is.
             rows_done=min(self._total, self._before + figures.rows + rows),
             rows_total=self._total,
-            tokens=figures.output_tokens + tokens,
+            tokens=getattr(figures, self._tokens) + tokens,
             rows_failed=figures.failed + failed,
         )
         if self._forecast is not None and is_time and (warning := self._forecast.update(point.rows_done, point.rows_total)):
@@ -130,7 +133,7 @@ class RunProgress:
             if writer_id != self._own_id:
                 before = self._known.get(writer_id, {})
                 beat = read_heartbeat(self._run, writer_id)
-                for index, name in enumerate(("rows_ended", "rows_ended_failed", "output_tokens")):
+                for index, name in enumerate(("rows_ended", "rows_ended_failed", self._tokens)):
                     sums[index] += int(beat.get(name, 0)) - int(before.get(name, 0))
         return sums[0], sums[1], sums[2]
 

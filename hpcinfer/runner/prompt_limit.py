@@ -41,3 +41,15 @@ class PromptLimit:
             raise RowError(f"the prompt has {len(token_ids)} tokens; {limit} {longest} (data.truncate can have it cut)")
         kept = self.max_prompt_tokens or max(1, self.max_context - max_tokens)
         return token_ids[-kept:] if self.truncate == "left" else token_ids[:kept]
+
+    def fit_continued(self, token_ids: np.ndarray, max_tokens: int, start: int) -> tuple[np.ndarray, int]:
+        """A prompt with its continuation, which begins at place `start` and is never cut: `fit`, and where it begins then. Raises
+        RowError.
+        """
+        fitted = self.fit(token_ids, max_tokens)
+        num_cut = len(token_ids) - len(fitted)
+        if num_cut and (self.truncate == "right" or start - num_cut < 1):
+            raise RowError(
+                f"prompt and continuation have {len(token_ids)} tokens; cut to {len(fitted)} some of the continuation would be lost"
+            )
+        return fitted, start - num_cut

@@ -69,6 +69,7 @@ class ReplicaLoop:
         clock: where time for reading, tokenising and committing is added.
         on_tick: called after every step, for progress displays.
         recorder: gets reading, committing, finishing and idling.
+        generates: rows get tokens; where they do not, heartbeats tell the rate of the tokens that are read.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class ReplicaLoop:
         clock: PhaseClock,
         on_tick: Callable[[LoopFigures], None],
         recorder: Recorder | None = None,
+        generates: bool = True,
     ) -> None:
         self.figures = LoopFigures()
         self.leaving = Leaving.NO_ROWS
@@ -111,6 +113,7 @@ class ReplicaLoop:
         self._clock = clock
         self._on_tick = on_tick
         self._recorder = recorder
+        self._generates = generates
         self._start_s = time.monotonic()
         self._row_rate = RateMeter(RATE_WINDOW_S, spacing_s=1.0)
         self._token_rate = RateMeter(RATE_WINDOW_S, spacing_s=1.0)
@@ -252,7 +255,9 @@ class ReplicaLoop:
             "output_tokens_per_s": self.figures.output_tokens / seconds,
             "rows_per_s_now": self._row_rate.update(now, self.figures.rows),
             # Those of rows in work too: long rows end seldom.
-            "output_tokens_per_s_now": self._token_rate.update(now, counters.begun + counters.decode_tokens),
+            "output_tokens_per_s_now": self._token_rate.update(
+                now, counters.begun + counters.decode_tokens if self._generates else counters.prefill_tokens
+            ),
             "running_s": seconds,
         }
 

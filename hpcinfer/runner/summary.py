@@ -46,6 +46,8 @@ class RunSummary:
     """Mesh and number of ranks, in words."""
     counters: Mapping[str, int]
     """What happened: ticks, preemptions, chunked prefills, resumed rows, takeovers, in all replicas together."""
+    task: str = "generate"
+    """What was done with each row (`task.kind`)."""
     weights_read_bytes: int = 0
     """Bytes of the checkpoint that this start got from the file system, all ranks together: each that the model needs once;
     0 where there was nothing to generate."""
@@ -69,12 +71,15 @@ class RunSummary:
 def summary_text(summary: RunSummary) -> str:
     """A few lines for the console."""
     seconds = max(summary.generation_seconds, 1e-9)
+    generates = summary.task == "generate"
+    tokens, kind = (summary.output_tokens, "generated") if generates else (summary.prompt_tokens, "prompt")
     lines = [
         f"{'Done' if summary.is_done else 'Stopped'} in {format_duration(summary.seconds)} on {summary.layout}.",
         f"  rows      {_rows(summary)}",
-        f"  tokens    {format_count(summary.prompt_tokens)} prompt, {format_count(summary.output_tokens)} generated",
+        f"  tokens    {format_count(summary.prompt_tokens)} prompt"
+        + (f", {format_count(summary.output_tokens)} generated" if generates else f"; nothing is generated: task {summary.task}"),
         f"  rate      {format_count(summary.generated_rows / seconds)} rows/s, "
-        f"{format_count(summary.output_tokens / seconds)} generated tokens/s",
+        f"{format_count(tokens / seconds)} {kind} tokens/s",
         f"  time      {_phases(summary)}",
     ]
     if summary.experts:

@@ -1,4 +1,4 @@
-"""The work of a step as the arrays of one lane.
+"""A step as the arrays of one lane, and what all lanes draw and read in it.
 
 Shape letters: N entries in the microbatch, T tokens in it, B blocks in the longest block table, X shared tokens of all
 lanes together, S block size.
@@ -7,14 +7,38 @@ lanes together, S block size.
 from __future__ import annotations
 
 import array
+from collections.abc import Sequence as Items
 
 import numpy as np
 
-from hpcinfer.batch import MicroBatch
-from hpcinfer.scheduler.work import Piece, Work
+from hpcinfer.batch import MicroBatch, Step
+from hpcinfer.scheduler.reading import asked_of, reading_of, spans_of
+from hpcinfer.scheduler.work import Piece, Work, drawing
 
 
-def build_microbatch(work: Work, lane: int, *, tick: int, part: int, block_size: int) -> MicroBatch:
+def build_step(parts: Items[Work], lane: int, *, tick: int, block_size: int) -> Step:
+    """The step of one or two parts for the ranks of `lane`."""
+    drawn = drawing(parts)
+    asked, num_asked_top = asked_of(drawn)
+    scored, num_scored_top, pooled = spans_of(parts)
+    return Step(
+        tick=tick,
+        parts=tuple(
+            build_microbatch(part, lane, tick=tick, part=index, block_size=block_size, num_scored_top=num_scored_top)
+            for index, part in enumerate(parts)
+        ),
+        drawing=tuple([tuple([sequence.id for sequence in sequences]) for sequences in drawn]),
+        asked=asked,
+        num_asked_top=num_asked_top,
+        scored=scored,
+        num_scored_top=num_scored_top,
+        pooled=pooled,
+    )
+
+
+def build_microbatch(
+    work: Work, lane: int, *, tick: int, part: int, block_size: int, num_scored_top: int = 0
+) -> MicroBatch:
     """What the ranks of `lane` compute of one part of a step."""
     num_lanes = len(work.local)
     runs = work.runs() if work.shared else [[] for _ in range(num_lanes)]
@@ -47,6 +71,7 @@ def build_microbatch(work: Work, lane: int, *, tick: int, part: int, block_size:
         lane_tokens=tuple([shared + local for shared, local in zip(shared_lens, locals_, strict=True)]),
         shared_lens=shared_lens if work.shared else (),
         shared_slots=_slots([run for lane_runs in runs for run in lane_runs], lane, block_size),
+        reading=reading_of(entries, num_scored_top) if work.is_prefill else None,
     )
 
 

@@ -21,9 +21,9 @@ from hpcinfer.scheduler.balance import is_shared, share, step_tokens
 from hpcinfer.scheduler.lanes import LanePages
 from hpcinfer.scheduler.limits import SchedulerCounters, SchedulerLimits
 from hpcinfer.scheduler.message import TickMessage
-from hpcinfer.scheduler.microbatch import build_microbatch
+from hpcinfer.scheduler.microbatch import build_step
 from hpcinfer.scheduler.sequence import NO_TOKEN, EndedSequence, Sequence
-from hpcinfer.scheduler.work import Piece, Work, divide, drawing, goes_on
+from hpcinfer.scheduler.work import Piece, Work, divide, goes_on
 
 
 class _InFlight(NamedTuple):
@@ -92,10 +92,9 @@ class Scheduler:
         num_tokens = len(request.prompt_token_ids)
         if num_tokens == 0:
             raise RowError("the prompt has no tokens")
-        if num_tokens >= limits.max_context:
-            raise RowError(
-                f"the prompt has {num_tokens} tokens; at most {limits.max_context - 1} leave room for an output token"
-            )
+        if num_tokens > limits.max_context - request.task.generates:
+            most = f"{limits.max_context - 1} leave room for an output token" if request.task.generates else f"{limits.max_context} fit"
+            raise RowError(f"the prompt has {num_tokens} tokens; at most {most}")
         longest = min(num_tokens + request.sampling.max_tokens, limits.max_context)
         if self.pages.blocks_for(longest) > self.pages.capacity:
             raise ConfigError(
@@ -144,14 +143,7 @@ class Scheduler:
         if not work.pieces:
             return None
         parts = self._parts(work)
-        step = Step(
-            tick=self._tick,
-            parts=tuple(
-                build_microbatch(part, self.lane, tick=self._tick, part=index, block_size=self.limits.block_size)
-                for index, part in enumerate(parts)
-            ),
-            drawing=drawing(parts),
-        )
+        step = build_step(parts, self.lane, tick=self._tick, block_size=self.limits.block_size)
         self._count(work, parts, step)
         for lane, drawn in enumerate(step.drawing):
             for place, sequence_id in enumerate(drawn):
@@ -196,7 +188,8 @@ class Scheduler:
         del self._by_id[sequence.id]
         self._stop(sequence)
         return EndedSequence(
-            request=sequence.request, output_token_ids=sequence.output_token_ids, reason=reason, error=error
+            request=sequence.request, output_token_ids=sequence.output_token_ids, reason=reason, error=error,
+            findings=sequence.findings,
         )
 
     def _give_up(self, *, begun_too: bool) -> list[EndedSequence]:

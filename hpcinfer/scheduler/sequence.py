@@ -25,7 +25,7 @@ class Sequence:
     __slots__ = (
         "id", "request", "tokens", "num_prompt_tokens", "num_computed", "prefill_end", "owner", "is_shared", "tables",
         "last_tick", "num_awaited", "drawn_at", "num_preemptions", "edits_logits", "needs_history", "history", "stop_watch",
-        "matching",
+        "matching", "num_logprobs", "first_scored", "pooled", "findings",
     )
 
     def __init__(self, sequence_id: int, request: Request, *, num_lanes: int = 1) -> None:
@@ -53,6 +53,9 @@ class Sequence:
         self.num_preemptions = 0
         self.edits_logits = request.edits_logits
         self.needs_history = request.needs_history
+        self.num_logprobs = request.sampling.logprobs
+        self.first_scored = request.first_scored
+        self.pooled = request.pooled
         # Kept by single ranks, functions of request and tokens that can be made again at any time; no decision reads them.
         self.history: Any = None
         """On the rank that draws for it: what its logits processors have counted (`sampling.history.History`)."""
@@ -60,6 +63,8 @@ class Sequence:
         """On the leader: what has been read of its text (`data.stop_text.StopWatch`)."""
         self.matching: Any = None
         """On the rank that draws for it: its place in its constraint (`sampling.masks.Matching`)."""
+        self.findings: Any = None
+        """On the leader: what has been found out beside its tokens (`engine.findings.Findings`)."""
 
     @property
     def num_to_compute(self) -> int:
@@ -105,6 +110,8 @@ class EndedSequence:
     reason: FinishReason
     error: str = ""
     """Why it failed."""
+    findings: Any = None
+    """As of its sequence, on the leader."""
 
     @property
     def is_cut_short(self) -> bool:
@@ -114,4 +121,6 @@ class EndedSequence:
     @property
     def num_new_tokens(self) -> int:
         """Tokens generated since its request arrived; those of an earlier life are not counted."""
+        if not self.request.task.generates:
+            return 0
         return len(self.output_token_ids) - len(self.request.output_token_ids)

@@ -46,6 +46,12 @@ class Work:
     def nothing(cls, num_lanes: int) -> Work:
         return cls([], [[] for _ in range(num_lanes)])
 
+    def entries(self) -> list[list[Piece]]:
+        """Of every lane what it computes, in the order of its tokens: its runs of shared pieces first."""
+        if not self.shared:
+            return self.local
+        return [runs + pieces for runs, pieces in zip(self.runs(), self.local, strict=True)]
+
     @property
     def pieces(self) -> list[Piece]:
         """All of them, shared ones first, then lane by lane."""
@@ -145,12 +151,12 @@ def _run_start(num_tokens: int, index: int, num_runs: int) -> int:
     return index * (length + 1) - min(index, num_runs - rest)
 
 
-def drawing(parts: Items[Work]) -> tuple[tuple[int, ...], ...]:
-    """For every lane the ids of the sequences that draw a token, in the order of its entries, part 0 first."""
-    drawn: list[list[int]] = [[] for _ in parts[0].local]
+def drawing(parts: Items[Work]) -> list[list[Sequence]]:
+    """For every lane the sequences that draw a token, in the order of its entries, part 0 first."""
+    drawn: list[list[Sequence]] = [[] for _ in parts[0].local]
     for part in parts:
         for lane, runs in enumerate(part.runs() if part.shared else ()):
-            drawn[lane] += [run.sequence.id for run in runs if run.draws]
+            drawn[lane] += [run.sequence for run in runs if run.draws]
         for lane, pieces in enumerate(part.local):
-            drawn[lane] += [piece.sequence.id for piece in pieces if piece.draws]
-    return tuple(map(tuple, drawn))
+            drawn[lane] += [piece.sequence for piece in pieces if piece.draws]
+    return drawn

@@ -20,6 +20,7 @@ from hpcinfer.config.model import ModelConfig
 from hpcinfer.config.parallel import ParallelConfig
 from hpcinfer.engine import worker as worker_module
 from hpcinfer.engine.build import build_replica
+from hpcinfer.engine.replica import Replica
 from hpcinfer.engine.replica_plan import plan_replica, stage_layers
 from hpcinfer.launch.report import Place, run_as_rank
 from hpcinfer.models.checkpoint import Checkpoint
@@ -27,7 +28,7 @@ from hpcinfer.models.footprint import kv_bytes_per_token
 from hpcinfer.models.weights import load_stage
 from hpcinfer.observe.metrics import PhaseClock
 from hpcinfer.parallel.agree import agree_or_raise
-from hpcinfer.parallel.groups import build_groups
+from hpcinfer.parallel.groups import ReplicaGroups, build_groups
 from hpcinfer.parallel.mesh import Mesh
 from hpcinfer.request import Request, SamplingParams
 from hpcinfer.sampling.sampler import sample
@@ -47,10 +48,10 @@ class RecordingSampler:
         return sample(logits, batch)
 
 
-def run_layout(
-    world: World, folder: str, layout: dict, engine: dict, num_blocks: int, rows: list[dict], captured: bool
-) -> dict | None:
-    """One layout on `world`; rank 0 returns {"tokens": {row: ids}, "logits": {uniform: [V]}, "counters": {name: least}}."""
+def build_layout(
+    world: World, folder: str, layout: dict, engine: dict, num_blocks: int, captured: bool
+) -> tuple[ReplicaGroups, Replica, list[CalledAgain]]:
+    """The replica of one layout on `world`, with its communicators and the decode steps that it captures."""
     parallel = ParallelConfig(**layout)
     mesh = Mesh.of(
         world.size, pp=parallel.pp, sp=parallel.sp, tp=parallel.tp, ep=parallel.ep, rank=world.rank
@@ -69,6 +70,15 @@ def run_layout(
         plan, groups, clock=PhaseClock(), load=lambda stage: load_stage(stage, checkpoint, world),
         make_graph=(lambda: graphs.append(CalledAgain()) or graphs[-1]) if captured else None,
     )
+    return groups, replica, graphs
+
+
+def run_layout(
+    world: World, folder: str, layout: dict, engine: dict, num_blocks: int, rows: list[dict], captured: bool
+) -> dict | None:
+    """One layout on `world`; rank 0 returns {"tokens": {row: ids}, "logits": {uniform: [V]}, "counters": {name: least}}."""
+    groups, replica, graphs = build_layout(world, folder, layout, engine, num_blocks, captured)
+    mesh = groups.mesh
     recorder = RecordingSampler()
     worker_module.sample = recorder
     tokens = {}

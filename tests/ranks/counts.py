@@ -2,7 +2,8 @@
 
 Letters: T tokens of this lane, P of them on this rank (T, or ceil(T / tp) in the sequence form), S rows drawn, D model,
 V vocabulary, K key/value heads of this rank, H head dim, X shared tokens of the fullest lane, L layers of the stage, M
-of them mixtures, k experts of a token, b bytes of a number. Bytes are those of the tensor that a rank hands in.
+of them mixtures, k experts of a token, b bytes of a number, R tokens of prompts whose log-probabilities are wanted, with those of
+as many others each as `scored_top`. Bytes are those of the tensor that a rank hands in.
 """
 
 from __future__ import annotations
@@ -73,6 +74,9 @@ class Part:
     """Empty in decode, and where each lane prefills its own sequences."""
     draws: int
     is_prefill: bool
+    scored: int = 0
+    """R."""
+    scored_top: int = 0
 
 
 def operations(stage: Stage, part: Part) -> list[Expected]:
@@ -103,18 +107,20 @@ def tensor_parallel(stage: Stage, part: Part) -> list[Expected]:
     share = ceil(part.tokens, stage.tp)
     logits_bytes = part.draws * ceil(stage.vocab, stage.tp) * stage.number_bytes
     logits = Expected("tp", "all_gather", "logits", int(stage.is_last and part.draws > 0), logits_bytes)
+    scored_bytes = part.scored * (24 + 16 * part.scored_top)
+    logprobs = Expected("tp", "all_gather", "logprobs", int(stage.is_last and part.scored > 0), scored_bytes)
     if stage.sequence_form:
         gathers = [
             ("qkv gather", stage.layers), ("mlp gather", stage.layers - travelling),
-            ("head gather", int(stage.is_last and part.draws > 0)),
+            ("head gather", int(stage.is_last and part.draws + part.scored > 0)),
         ]
         return [
             *(Expected("tp", "reduce_scatter", what, n, share * stage.tp * row_bytes) for what, n in reductions),
-            *(Expected("tp", "all_gather", what, n, share * row_bytes) for what, n in gathers), logits,
+            *(Expected("tp", "all_gather", what, n, share * row_bytes) for what, n in gathers), logits, logprobs,
         ]
     return [
         *(Expected("tp", "all_reduce", what, n, part.tokens * row_bytes) for what, n in reductions),
-        Expected("tp", "all_gather", "shares", travelling, share * row_bytes), logits,
+        Expected("tp", "all_gather", "shares", travelling, share * row_bytes), logits, logprobs,
     ]
 
 

@@ -151,7 +151,7 @@ def generate(replica: Replica, rows: list[dict]) -> None:
     replica.step([
         Request(
             row=number, prompt_token_ids=np.array(row["prompt"], np.int32),
-            sampling=SamplingParams(max_tokens=row["max_tokens"], ignore_eos=True),
+            sampling=SamplingParams(ignore_eos=True, **{name: value for name, value in row.items() if name != "prompt"}),
         )
         for number, row in enumerate(rows)
     ])

@@ -15,7 +15,7 @@ import re
 import numpy as np
 import pytest
 
-from hpcinfer.batch import MicroBatch
+from hpcinfer.batch import MicroBatch, Step
 from hpcinfer.config.model import ModelConfig
 from tests.checkpoints import make_variant
 from tests.mpi import run_ranks
@@ -58,6 +58,9 @@ RIGHT: dict[str, tuple[str, int, dict]] = {
         "qwen3-moe", 4, {"sp": 2, "tp": 2, "ep": 4, "sequence_form": True, **LANES, **ON},
     ),
 }
+ASKED = {"logprobs": 2, "prompt_logprobs": 1}
+ASKING = ("llama tp2 two-batch", "llama tp2 x pp2 sequence form two-batch", "llama pp2 x sp2 two-batch")
+"""The cases whose rows ask for log-probabilities too."""
 # name -> (checkpoint, ranks, layout, lengths of prompts, rules that must be broken)
 WRONG: dict[str, tuple[str, int, dict, tuple[int, ...], set[str]]] = {
     "second part first": ("llama", 2, {"tp": 2, **ON}, PROMPT_LENS, {"written before read"}),
@@ -72,9 +75,9 @@ GAINS = (32, 64)
 """The smallest step that gains by being divided, as rank 0 and rank 1 measure it; the largest step has 64 tokens."""
 
 
-def make_case(model, ranks, layout, lens=PROMPT_LENS, *, wrong="", num_blocks=NUM_BLOCKS, gains=(), **engine) -> dict:
+def make_case(model, ranks, layout, lens=PROMPT_LENS, *, wrong="", num_blocks=NUM_BLOCKS, gains=(), asked=None, **engine) -> dict:
     generator = np.random.default_rng(3)
-    rows = [{"prompt": generator.integers(3, 200, n).tolist(), "max_tokens": MAX_TOKENS} for n in lens]
+    rows = [{"prompt": generator.integers(3, 200, n).tolist(), "max_tokens": MAX_TOKENS, **(asked or {})} for n in lens]
     return {
         "model": model, "ranks": ranks, "layout": layout, "rows": rows, "wrong": wrong, "num_blocks": num_blocks,
         "gains": gains, "engine": {**ENGINE, **engine},
@@ -98,7 +101,9 @@ def configs(models) -> dict[str, ModelConfig]:
 def runs(models, tmp_path_factory) -> dict[str, list[RankRecords]]:
     """Case -> what its ranks recorded, in the order of ranks."""
     folder = tmp_path_factory.mktemp("records")
-    cases = {name: make_case(models[variant], *rest) for name, (variant, *rest) in RIGHT.items()}
+    cases = {
+        name: make_case(models[variant], *rest, asked=ASKED if name in ASKING else None) for name, (variant, *rest) in RIGHT.items()
+    }
     for name, (variant, ranks, layout, lens, _) in WRONG.items():
         # No preemption: a wrong schedule shall not be blamed for what follows from another one's pages.
         cases[name] = make_case(models[variant], ranks, layout, lens, wrong=name, num_blocks=64)
@@ -132,6 +137,7 @@ def test_operations_equal_the_formulas(name, runs, configs):
             if stage.ep_spans_lanes and part.is_prefill:
                 check_routed(stage, rank, part, sent, returned)
         assert not found, "operations of no microbatch"
+        assert any(part.reading is not None for part in rank.parts()) == (name in ASKING)
         assert seen[True] and seen[False] >= LEAST_DECODE_STEPS
     assert sent == returned, "every token that went to an expert came back"
     assert bool(sent) == (layout.get("sp", 1) > 1 and layout.get("ep", 1) > 1)
@@ -149,6 +155,7 @@ def expected_of(stage: Stage, part: MicroBatch) -> dict[tuple, int]:
     facts = Part(
         tokens=part.num_tokens, lane_tokens=part.lane_tokens, shared_lens=part.shared_lens,
         draws=int(part.samples.sum()), is_prefill=part.is_prefill,
+        scored=0 if part.reading is None else int((part.reading.targets >= 0).sum()), scored_top=ASKED["prompt_logprobs"],
     )
     return {(e.axis, e.verb, e.what, e.bytes): e.count for e in counts.operations(stage, facts)}
 
@@ -182,7 +189,8 @@ def check_routed(stage: Stage, rank: RankRecords, part: MicroBatch, sent, return
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_tokens_and_control_of_a_step(name, runs):
-    """A broadcast of 8 KiB a tick to all ranks; 8 bytes a drawn token from each sampler that is not the leader."""
+    """A broadcast of 8 KiB a tick to all ranks; 8 bytes a drawn token from each sampler that is not the leader, and behind them
+    4 + 8k bytes for each log-probability that is wanted, with those of k other tokens."""
     ranks = runs[name]
     for rank in ranks:
         controls = [(r.tick, r.verb, r.bytes) for r in rank.transfers("control") if r.tick in rank.steps]
@@ -191,7 +199,7 @@ def test_tokens_and_control_of_a_step(name, runs):
     for sampler in {rank.mesh.sampler for rank in ranks} - {leader.mesh.rank}:
         lane = ranks[sampler].mesh.lane
         expected = [
-            (tick, 8 * len(step.drawing[lane])) for tick, step in sorted(leader.steps.items()) if step.drawing[lane]
+            (tick, num_bytes) for tick, step in sorted(leader.steps.items()) for num_bytes in returned_bytes(step, lane) if num_bytes
         ]
         link = "tokens" if leader.mesh.sp == 1 else f"tokens {lane}"
         assert expected
@@ -200,12 +208,21 @@ def test_tokens_and_control_of_a_step(name, runs):
             assert {r.verb for r in rank.transfers(link)} == {verb}
 
 
+def returned_bytes(step: Step, lane: int) -> tuple[int, int, int]:
+    """Of the tokens that a lane draws, of their log-probabilities, and of those of prompts."""
+    asked, scored = (lanes[lane] if lanes else () for lanes in (step.asked, step.scored))
+    return (
+        8 * len(step.drawing[lane]), len(asked) * (4 + 8 * ASKED["logprobs"]),
+        sum(span.num_tokens for span in scored) * (4 + 8 * ASKED["prompt_logprobs"]),
+    )
+
+
 @pytest.mark.parametrize("name", [name for name in RIGHT if "sequence form" not in name])
 def test_attention_gathers_nothing_over_tp(name, runs):
     """Between the norm before attention and the reduction after its output projection no tp rank hears of another."""
     for rank in runs[name]:
         names = {r.name for r in rank.transfers("tp") if r.verb != "all_reduce"}
-        assert names <= {"logits"} | {n for n in names if n.endswith(" shares")}
+        assert names <= {"logits", "logprobs"} | {n for n in names if n.endswith(" shares")}
 
 
 LLAMA = Stage(

@@ -47,7 +47,7 @@ class ImpatientScheduler(Scheduler):
                 tokens.append(MADE_UP)
         return step
 
-    def _take_results(self, ids, tokens):
+    def _take_results(self, ids, tokens, stopped):
         ended = []
         for number, token in zip(ids.tolist(), tokens.tolist(), strict=True):
             if number not in self._by_id:  # it has ended, and one too many was drawn
@@ -57,7 +57,7 @@ class ImpatientScheduler(Scheduler):
             sequence.tokens[position] = token
             if position + 1 - sequence.num_prompt_tokens == sequence.request.sampling.max_tokens:
                 del sequence.tokens[position + 1 :]
-                ended += super()._take_results(np.array([number]), np.array([sequence.tokens.pop()]))
+                ended += super()._take_results(np.array([number]), np.array([sequence.tokens.pop()]), stopped)
         return ended
 
 

@@ -19,7 +19,7 @@ from hpcinfer.data.ledger.rounds import WriterRounds
 from hpcinfer.data.ledger.run_directory import RunDirectory
 from hpcinfer.data.ledger.selection import RowSelection
 from hpcinfer.errors import DataError
-from hpcinfer.request import Status
+from hpcinfer.request import Generation, Status
 
 BAD_SUFFIX = ".bad"
 BAD_AFTER_S = 60.0
@@ -260,25 +260,24 @@ class Coverage:
         self.bad_segments.read(name)
         self.add(name, *columns)
 
-    def remaining(self, start: int, stop: int) -> Iterator[tuple[int, int, np.ndarray | None]]:
-        """(row, sample, token ids of its partial or None) of what is missing in rows [start, stop), in order.
+    def remaining(self, start: int, stop: int) -> Iterator[tuple[int, int, Generation | None]]:
+        """(row, sample, its partial row or None) of what is missing in rows [start, stop), in order.
 
-        The bitmap is read as the iteration goes, a partial's tokens when it comes up.
+        The bitmap is read as the iteration goes, a partial row when it comes up.
         """
         for row in range(start, min(stop, self.num_rows)):
             for sample in range(self.num_samples):
                 if not self.is_done(row, sample):
-                    yield row, sample, self._partial_tokens(row * self.num_samples + sample)
+                    yield row, sample, self._partial_row(row * self.num_samples + sample)
 
-    def _partial_tokens(self, key: int) -> np.ndarray | None:
+    def _partial_row(self, key: int) -> Generation | None:
         for _ in range(3):
             partial = self._partials.get(key)
             if partial is None:
                 return None
             try:
                 with GenerationFile(self._run.segments / partial.segment) as file:
-                    offsets = file.offsets("token_ids", partial.index, partial.index + 1)
-                    return file.column("token_ids", int(offsets[0]), int(offsets[1]))
+                    return next(file.table(partial.index, partial.index + 1).generations())
             except FileNotFoundError:
                 with contextlib.suppress(OSError):
                     self.refresh()

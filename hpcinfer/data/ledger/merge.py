@@ -27,7 +27,7 @@ from hpcinfer.data.ledger.commit import (
     temporary_path,
 )
 from hpcinfer.data.ledger.coverage import BadSegments, Coverage, list_segments, segment_order
-from hpcinfer.data.generation_table import RAGGED_COLUMNS, GenerationTable
+from hpcinfer.data.generation_table import GenerationTable
 from hpcinfer.data.generations import GenerationFile
 from hpcinfer.data.ledger.liveness import Liveness, Verdict
 from hpcinfer.data.ledger.merged_file import MergedColumns, Sink
@@ -230,6 +230,8 @@ class _Plan:
         self.num_rows = num_rows
         self.bin_rows = max(1, -(-num_rows // _BINS))
         self.segments: list[_Segment] = []
+        self.optional: set[str] = set()
+        """Optional columns of any segment."""
         self.coverage = Coverage(run, num_rows, bad_segments=bad)
         """What the segments hold; its own reading is not used."""
         weights = np.zeros(-(-num_rows // self.bin_rows) + 1, np.int64)
@@ -250,6 +252,7 @@ class _Plan:
     def _add(self, name: str, weights: np.ndarray) -> None:
         with _segment(self._run, name, self._bad) as file:
             rows = file.rows()
+            self.optional.update(file.optional)
             self.coverage.add(name, rows, file.samples(), file.statuses(), file.column("n_output_tokens"))
             if np.any(rows[1:] < rows[:-1]):
                 raise DataError(f"{name} is not sorted by row")
@@ -258,7 +261,7 @@ class _Plan:
                 return
             bins = (rows[:keep] // self.bin_rows).astype(np.int64)
             sizes = np.full(keep, _ROW_BYTES, np.int64)
-            for column, dtype in RAGGED_COLUMNS.items():
+            for column, dtype in file.ragged.items():
                 sizes += np.diff(file.offsets(column)[: keep + 1]) * dtype.itemsize
             np.add.at(weights, bins, sizes)
             firsts = np.concatenate(([0], np.flatnonzero(np.diff(bins)) + 1))
@@ -323,7 +326,7 @@ def _write(run: RunDirectory, plan: _Plan, final: Path, owner: str, progress: Ca
     sink = Sink(temporary)
     try:
         with h5py.File(sink, "w", libver=format_v1.LIBVER) as file:
-            output = MergedColumns(file)
+            output = MergedColumns(file, plan.optional)
             for table in plan.tables(progress):
                 num_read += len(table)
                 table = table.deduplicated()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import h5py
 import numpy as np
 
 from hpcinfer.data import generations as format_v1
-from hpcinfer.data.generation_table import OFFSET_COLUMNS, RAGGED_COLUMNS, GenerationTable
+from hpcinfer.data.generation_table import OFFSET_COLUMNS, RAGGED_COLUMNS, SCALAR_COLUMNS, GenerationTable, Ragged
+from hpcinfer.data.optional_columns import OPTIONAL_COLUMNS
 
 
 class Sink(io.RawIOBase):
@@ -92,19 +94,25 @@ class Sink(io.RawIOBase):
 
 
 class MergedColumns:
-    """The columns of the merged file, appended to."""
+    """The columns of the merged file, appended to.
 
-    def __init__(self, file: h5py.File) -> None:
+    Args:
+        optional: names of the optional columns that it has.
+    """
+
+    def __init__(self, file: h5py.File, optional: Collection[str] = ()) -> None:
         group = file.create_group(format_v1.GROUP)
+        self._optional = [name for name in OPTIONAL_COLUMNS if name in optional]
         self._columns = {}
-        for name in format_v1.column_names():
+        for name in format_v1.column_names(self._optional):
             dtype = format_v1.column_dtype(name)
             chunk = (format_v1.CHUNK_BYTES // dtype.itemsize,)
             dataset = group.create_dataset(name, (0,), dtype, chunks=chunk, maxshape=(None,), fletcher32=True)
             format_v1.write_enum_attribute(dataset, name)
             self._columns[name] = dataset
-        for name in RAGGED_COLUMNS:
-            self._append(OFFSET_COLUMNS[name], np.zeros(1, np.int64))
+        for name, offsets in OFFSET_COLUMNS.items():
+            if name in self._columns:
+                self._append(offsets, np.zeros(1, np.int64))
 
     def _append(self, name: str, values: np.ndarray) -> None:
         dataset = self._columns[name]
@@ -115,9 +123,10 @@ class MergedColumns:
 
     def append(self, table: GenerationTable) -> None:
         """Adds the rows of a table, which must come after all rows before."""
-        for name in format_v1.SCALAR_COLUMNS:
-            self._append(name, getattr(table, name))
-        for name in RAGGED_COLUMNS:
-            ragged = getattr(table, name)
-            self._append(OFFSET_COLUMNS[name], ragged.offsets[1:] + len(self._columns[name]))
-            self._append(name, ragged.data)
+        columns = {name: getattr(table, name) for name in (*SCALAR_COLUMNS, *RAGGED_COLUMNS)}
+        columns |= {name: table.optional_column(name) for name in self._optional}
+        for name, values in columns.items():
+            if isinstance(values, Ragged):
+                self._append(OFFSET_COLUMNS[name], values.offsets[1:] + len(self._columns[name]))
+                values = values.data
+            self._append(name, values)

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from hpcinfer.data import optional_columns
 from hpcinfer.data.generation_table import GenerationTable
 from hpcinfer.data.ledger.commit import is_transient
 from hpcinfer.data.ledger.committer import Committer
@@ -235,4 +236,6 @@ class SegmentWriter:
 
 def _num_bytes(generations: Sequence[Generation]) -> int:
     """About the memory that rows take."""
-    return sum(_ROW_OVERHEAD_BYTES + len(g.text) + 4 * len(g.token_ids) + len(g.error) for g in generations)
+    return sum(
+        _ROW_OVERHEAD_BYTES + len(g.text) + 4 * len(g.token_ids) + len(g.error) + optional_columns.num_bytes(g) for g in generations
+    )

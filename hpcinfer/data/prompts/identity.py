@@ -67,6 +67,8 @@ def _sample_hash(reader: PromptsReader, num_rows: int) -> str:
         for row in reader.rows(start, stop):
             # Error texts may be reworded by a later version; that a row is bad stays.
             content = "bad" if row.error is not None else row.text if row.text is not None else row.token_ids.tolist()
+            if row.continuation is not None:
+                content = [content, row.continuation if row.text is not None else row.continuation.tolist()]
             digest.update(json.dumps([row.row, content, dict(row.overrides)], sort_keys=True).encode())
     return digest.hexdigest()
 

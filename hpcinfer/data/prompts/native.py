@@ -41,6 +41,7 @@ class PackedReader(PromptsReader):
         self._column = PackedColumn(data, offsets)
         self.num_rows = self._column.num_rows
         self._overrides: dict[str, _OverrideColumn] = {}
+        self._continuations: PackedColumn | None = None
         self._id: PackedColumn | h5py.Dataset | None = None
         self._meta_groups: dict[str, h5py.Group] = {}
         self._fingerprint = ""
@@ -89,7 +90,24 @@ class PackedReader(PromptsReader):
             groups = {schema.key_of_column(name): meta[name] for name in meta}
             self._meta_groups = {name: item for name, item in groups.items() if isinstance(item, h5py.Group)}
 
+    def read_continuations(self, name: str) -> None:
+        """Those of `/meta/NAME`, each a JSON value: a text, or a list of token ids, as the prompts are."""
+        group = self._file.get(f"{schema.META}/{schema.column_name(name)}")
+        if self._column.data.parent.name != f"/{schema.PROMPTS_GROUP}" or not isinstance(group, h5py.Group):
+            super().read_continuations(name)
+        self._continuations = packed_column(group, self.num_rows)
+        self.continuation = name
+
     def _rows(self, start: int, stop: int) -> Iterator[PromptRow]:
+        rows = self._plain_rows(start, stop)
+        if self._continuations is None:
+            yield from rows
+            return
+        problems: dict[int, str] = {}
+        for row, raw in zip(rows, packed_bytes(self._continuations, start, stop, problems), strict=True):
+            yield _continued(row, self.kind, raw, problems.get(row.row))
+
+    def _plain_rows(self, start: int, stop: int) -> Iterator[PromptRow]:
         for block in self._column.blocks(start, stop):
             overrides, bad = self._read_overrides(block.first_row, block.first_row + len(block))
             if bad:
@@ -138,7 +156,7 @@ class PackedReader(PromptsReader):
         blocks = num_rows // CHAIN_ROWS
         digest = b"" if not blocks else read_around_damage(self._digests, blocks - 1, blocks)[0].tobytes()
         chain = FingerprintChain(self.kind, num_rows=blocks * CHAIN_ROWS, digest=digest)
-        for row in self.rows(chain.num_rows, num_rows):
+        for row in self._plain_rows(chain.num_rows, num_rows):
             if row.error is not None:
                 return ""
             chain.add(row.text.encode() if row.text is not None else row.token_ids.tobytes(), row.overrides)
@@ -248,6 +266,25 @@ def _token_rows(block: PackedBlock, overrides: list[Mapping[str, Any]] | None) -
             yield PromptRow(row, None, data[low:high].copy(), given)
         else:
             yield token_row(row, data[low:high], given)
+
+
+def _continued(row: PromptRow, kind: str, raw: bytes, problem: str | None) -> PromptRow:
+    """A row with its continuation, which is stored as JSON."""
+    if row.error is not None:
+        return row
+    try:
+        value = json.loads(raw) if raw and problem is None else None
+    except (ValueError, RecursionError):
+        problem = "the continuation is not valid JSON"
+    else:
+        if kind == schema.TEXT and isinstance(value, str) and value:
+            return row._replace(continuation=value)
+        is_ids = isinstance(value, list) and all(type(item) is int and 0 <= item <= schema.MAX_TOKEN_ID for item in value)
+        if kind == schema.TOKEN_IDS and is_ids and value:
+            return row._replace(continuation=np.array(value, np.int32))
+        wanted = "a text" if kind == schema.TEXT else "a list of token ids"
+        problem = problem or ("the row has no continuation" if value is None else f"the continuation is not {wanted}, or empty")
+    return PromptRow(row.row, error=problem)
 
 
 def packed_column(group: h5py.Group, num_rows: int) -> PackedColumn:

@@ -29,6 +29,8 @@ class PromptRow(NamedTuple):
     """SamplingParams fields that this row gives itself."""
     error: str | None = None
     """Why this row cannot be run. The rows around it are not affected."""
+    continuation: str | np.ndarray | None = None
+    """What is to follow the prompt, of its kind (text, or token ids as int32), where the reader was told to read it."""
 
 
 def sampling_for(row: PromptRow, defaults: SamplingParams) -> SamplingParams:
@@ -86,6 +88,15 @@ class PromptsReader(abc.ABC):
     num_rows: int
     paths: tuple[str, ...]
     """The files, in row order."""
+    continuation = ""
+    """The meta column whose values rows come with; "" for none."""
+
+    def read_continuations(self, name: str) -> None:
+        """From now on rows come with their values of the meta column `name`. Raises DataError where there is no such column."""
+        raise DataError(
+            f"{self.paths[0]} has no meta column {name!r} of continuations", found=f"layout: {self.layout}",
+            fix=f"convert the prompts with --meta-columns {name}",
+        )
 
     def rows(self, start: int = 0, stop: int | None = None) -> Iterator[PromptRow]:
         """Yields rows [start, stop) in order, bad ones with their error.

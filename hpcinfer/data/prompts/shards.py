@@ -51,10 +51,18 @@ class ShardedReader(PromptsReader):
     def _shard(self, index: int) -> PromptsReader:
         if index not in self._open:
             self._open[index] = self._open_one(self.paths[index])
+            if self.continuation:
+                self._open[index].read_continuations(self.continuation)
             if len(self._open) > _MOST_OPEN:
                 self._open.popitem(last=False)[1].close()
         self._open.move_to_end(index)
         return self._open[index]
+
+    def read_continuations(self, name: str) -> None:
+        """As of every shard."""
+        for index in range(len(self.paths)):
+            self._shard(index).read_continuations(name)
+        self.continuation = name
 
     def _parts(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
         """(shard, its first row, start and stop inside it) for every shard that rows [start, stop) touch."""

@@ -109,12 +109,12 @@ class Replica:
             claim = self.ledger.next_claim(idle=self.segments.num_waiting == 0)
             if isinstance(claim, Claim):
                 num_claims += 1
-                for row, sample, tokens in self.ledger.remaining(claim):
+                for row, sample, earlier in self.ledger.remaining(claim):
                     if drain_after is not None and num_claims > drain_after:
                         self.segments.add([stub_generation(row, sample, partial=True)])
                         break
-                    if tokens is not None:
-                        assert np.array_equal(tokens, stub_generation(row, sample, partial=True).token_ids)
+                    if earlier is not None:
+                        assert np.array_equal(earlier.token_ids, stub_generation(row, sample, partial=True).token_ids)
                     self.segments.add([stub_generation(row, sample)])
                     acknowledge(self.segments.num_committed)
                     pause()

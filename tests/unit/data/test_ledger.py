@@ -95,10 +95,10 @@ def test_partial_rows_go_on_where_they_ended(run: RunDirectory) -> None:
     first.segments.close()
     first.writer.leave()
     second = Life(run, clock)
-    found = {row: tokens for claim in second.take_all() for row, _, tokens in second.ledger.remaining(claim)}
+    found = {row: earlier for claim in second.take_all() for row, _, earlier in second.ledger.remaining(claim)}
     assert len(found) == NUM_ROWS
-    assert [row for row, tokens in found.items() if tokens is not None] == [begun[0].row]
-    assert np.array_equal(found[begun[0].row], begun[0].token_ids)
+    assert [row for row, earlier in found.items() if earlier is not None] == [begun[0].row]
+    assert np.array_equal(found[begun[0].row].token_ids, begun[0].token_ids)
 
 
 def test_silent_writers_come_last_and_by_the_counter_alone(run: RunDirectory) -> None:

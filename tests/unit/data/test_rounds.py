@@ -165,7 +165,7 @@ def test_partial_rows_of_a_retry_go_on(run: RunDirectory) -> None:
     first.segments.flush()
     first.writer.leave()
     second = life(run, 1)
-    found = {row: tokens for claim in second.take_all() for row, _, tokens in second.ledger.remaining(claim)}
+    found = {row: earlier for claim in second.take_all() for row, _, earlier in second.ledger.remaining(claim)}
     assert sorted(found) == FAILED and [row for row in found if found[row] is not None] == [10]
 
 

@@ -10,7 +10,7 @@ import pytest
 import hpcinfer
 from hpcinfer.config.job import EngineSection
 from hpcinfer.errors import CheckpointError, ConfigError
-from hpcinfer.request import FinishReason, Status
+from hpcinfer.request import FinishReason, SamplingParams, Status, TaskParams
 from tests.checkpoints import make_checkpoint
 from tests.conftest import ROOT
 
@@ -67,6 +67,26 @@ def test_max_tokens_and_stop_tokens_end_a_generation(engine):
     assert (cut.text, cut.finish_reason) == (" hg", FinishReason.LENGTH)
     stopped = next(engine.generate(["reverse abcdefgh:"], hpcinfer.SamplingParams(stop_token_ids=(ord("f"),))))
     assert (stopped.text, stopped.finish_reason) == (" hgf", FinishReason.STOP)
+
+
+def test_log_probabilities_score_and_embed_in_this_process(engine):
+    (generation,) = engine.generate(["17+25="], SamplingParams(max_tokens=3, logprobs=2, prompt_logprobs=0))
+    assert generation.logprobs.top_ids[:, 0].tolist() == generation.token_ids.tolist(), "greedy takes the most likely token"
+    (score,) = engine.generate(["17+25="], task=TaskParams(kind="score"))
+    assert score.score.num_tokens == score.num_prompt_tokens - 1 and len(score.token_ids) == 0 and score.text == ""
+    np.testing.assert_allclose(score.score.logprob, generation.prompt_logprobs.chosen[1:].sum(), rtol=1e-4)
+    embedded = list(engine.generate(["17+25=", "sort 3 1:", "x" * 600], task=TaskParams(kind="embed")))
+    assert sorted(row.status for row in embedded) == [Status.OK, Status.OK, Status.FAILED]
+    for row in embedded:
+        assert row.status is Status.FAILED or abs(np.linalg.norm(row.embedding) - 1) < 1e-6
+
+
+def test_each_token_has_its_log_probability_however_a_row_ends(engine):
+    pytest.importorskip("llguidance")
+    for ends in ({"stop": (" 3",)}, {"structured_choice": ("yes", "no")}, {"structured_choice": ("yes",), "ignore_eos": True}):
+        (generation,) = engine.generate(["sort 3 1 2:"], SamplingParams(logprobs=1, **ends))
+        assert generation.status is Status.OK and 0 < len(generation.token_ids) == len(generation.logprobs), ends
+        assert np.isfinite(generation.logprobs.chosen).all()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

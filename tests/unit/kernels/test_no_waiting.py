@@ -14,6 +14,9 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from hpcinfer.batch import Reading
+from hpcinfer.kernels.logprobs import token_logprobs
+from hpcinfer.models.base import Readout
 from hpcinfer.parallel.segments import run_to_end
 from hpcinfer.sampling.sampler import SamplingBatch, sample
 from tests.unit.kernels.launches import recorded
@@ -32,7 +35,20 @@ def test_a_step(name):
         logits = run_to_end(model.forward(dataclasses.replace(made, metadata=padded), kv))
         assert logits.shape == (5, MODELS[name].vocab_size)
         for filters in ({}, {"top_k": [0, 9, 0, 3, 0]}, {"top_p": [1, 0.5, 1, 1, 0.1], "min_p": [0, 0, 0.2, 0, 0]}):
-            assert sample(logits, batch(5, **filters)).shape == (5,)
+            tokens = sample(logits, batch(5, **filters))
+            assert tokens.shape == (5,)
+        assert token_logprobs(logits, tokens, 3).shape == (5, 7)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_read_beside_logits(name):
+    with recorded([], {}):
+        model = stage(MODELS[name], dtype=torch.bfloat16, device=META)
+        kv = model.allocate_kv(num_blocks=8, block_size=16)
+        readout = Readout(Reading(targets=np.array([-1, 3, 4, 1, 2]), num_top=2, pools=((0, 5), (2, 3))), META)
+        run_to_end(model.forward(dataclasses.replace(inputs([3, 2], META), readout=readout), kv))
+        assert readout.logprobs.shape == (4, 5) and readout.logprobs.dtype == torch.int32
+        assert readout.pooled.shape == (2, MODELS[name].hidden_size) and readout.pooled.dtype == torch.float64
 
 
 def batch(rows: int, **filters: list) -> SamplingBatch:

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hpcinfer.kernels.logprobs import token_logprobs, unpacked
+from hpcinfer.layers import embedding as embedding_module
 from hpcinfer.layers.embedding import ParallelHead, VocabParallelEmbedding
 from hpcinfer.parallel.segments import run_to_end
 from hpcinfer.comm.local import LocalCommunicator
@@ -34,6 +36,27 @@ def test_embedding_and_head(tp, vocab):
         assert torch.equal(hidden, weight[ids])
     for logits in run_lockstep(projections):
         torch.testing.assert_close(logits, F.linear(weight, weight))
+
+
+@pytest.mark.parametrize("vocab", [211, 5, 1])
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_logprobs_of_a_split_head(tp, vocab, monkeypatch):
+    weight = torch.randn(vocab, 6, generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(9, 6, generator=torch.Generator().manual_seed(1))
+    tokens, num_top = torch.arange(9) % vocab, min(3, vocab)
+    expected = unpacked(token_logprobs(F.linear(hidden, weight), tokens, num_top).numpy())
+    monkeypatch.setattr(embedding_module, "_LOGITS_AT_ONCE", 2 * vocab)  # a few rows at a time
+    forwards = []
+    for rank in range(tp):
+        comm = LockstepCommunicator(rank, tp) if tp > 1 else LocalCommunicator("tp")
+        head = ParallelHead(vocab, 6, tp=comm, dtype=torch.float32, device=CPU)
+        head.load_weight(weight)
+        forwards.append(head.logprobs(hidden, tokens, num_top))
+    for packed in run_lockstep(forwards) if tp > 1 else [run_to_end(forwards[0])]:
+        found = unpacked(packed.numpy())
+        torch.testing.assert_close(torch.from_numpy(found.chosen), torch.from_numpy(expected.chosen))
+        torch.testing.assert_close(torch.from_numpy(found.top), torch.from_numpy(expected.top))
+        assert (found.top_ids == expected.top_ids).all()
 
 
 def test_one_rank_needs_no_transfer():

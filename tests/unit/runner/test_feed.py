@@ -14,10 +14,11 @@ from hpcinfer.data.ledger.claims import NoClaim
 from hpcinfer.data.ledger.coverage import Coverage
 from hpcinfer.data.ledger.run_directory import create_or_open
 from hpcinfer.data.prompts.prompt_row import PromptsReader
+from hpcinfer.data.prompts.prompts_writer import PromptsWriter
 from hpcinfer.data.prompts.reader import open_prompts
 from hpcinfer.data.tokenize import Tokenizer
 from hpcinfer.errors import ConfigError, DataError, RowError
-from hpcinfer.request import Generation, Request, SamplingParams, Status
+from hpcinfer.request import Generation, Request, SamplingParams, Status, TaskParams
 from hpcinfer.runner import feed as feed_module
 from hpcinfer.runner.feed import RowFeed
 from hpcinfer.runner.prompt_limit import PromptLimit
@@ -198,3 +199,25 @@ def test_an_error_of_the_thread_is_raised_by_take_and_loses_no_row(tmp_path, rea
     coverage = Coverage(writer.run, NUM_ROWS)
     coverage.refresh()
     assert not coverage.is_done(333, 0)
+
+
+def test_continuations_are_scored_from_their_first_token(tmp_path):
+    path = tmp_path / "prompts.h5"
+    with PromptsWriter(path, kind="text") as writer:
+        for prompt, answer in (("1+1=", "2"), ("ab", "cdé"), ("x", None), ("y" * 40, "z")):
+            writer.append(prompt, meta={} if answer is None else {"answer": answer})
+    writer = Life(create_or_open(tmp_path / "run", identity(4)), Clock(), num_rows=4)
+    with open_prompts(path) as reader:
+        reader.read_continuations("answer")
+        feed = make_feed(
+            writer, reader, task=TaskParams(kind="score", continuation="answer"), limit=PromptLimit(21, 0, "left")
+        )
+        found = take_all(feed, writer)
+        feed.close()
+    requests = {item.row: item for item in found if isinstance(item, Request)}
+    assert {row: (bytes(one.prompt_token_ids.tolist()), one.score_from) for row, one in requests.items()} == {
+        0: (b"1+1=2", 4), 1: ("abcdé".encode(), 2), 3: (b"y" * 19 + b"z", 19),
+    }
+    assert all(one.task.kind == "score" and one.sampling.max_tokens == 1 for one in requests.values())
+    (failed,) = [item for item in found if isinstance(item, Generation)]
+    assert failed.row == 2 and "no continuation" in failed.error

@@ -35,3 +35,12 @@ def test_what_is_kept(limit, max_tokens, expected):
 def test_without_a_policy_it_is_an_error_of_the_row(limit, words):
     with pytest.raises(RowError, match=words):
         limit.fit(PROMPT, 5)
+
+
+def test_a_continuation_is_never_cut():
+    kept, start = PromptLimit(11, 0, "left").fit_continued(PROMPT, 1, 15)
+    assert kept.tolist() == list(range(11, 21)) and start == 5
+    assert PromptLimit(21).fit_continued(PROMPT, 1, 1)[1] == 1
+    for limit, start in ((PromptLimit(11, 0, "left"), 10), (PromptLimit(20, 0, "right"), 5)):
+        with pytest.raises(RowError, match="some of the continuation would be lost"):
+            limit.fit_continued(PROMPT, 1, start)

@@ -74,7 +74,7 @@ def test_parts_are_complete_ordered_and_equal(lanes, shared, local):
         assert tokens_in(before) == tokens_in(after)
     cut = sum(len(part.pieces) for part in parts) - len(work.pieces)
     assert cut == 0 if len(parts) == 1 else goes_on(*parts) == (cut > 0)
-    everyone = sorted(number for lane in drawing(parts) for number in lane)
+    everyone = sorted(sequence.id for lane in drawing(parts) for sequence in lane)
     assert everyone == sorted(p.sequence.id for p in work.pieces), "each draws once"
 
 
