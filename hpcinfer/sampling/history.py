@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -15,27 +14,27 @@ class Tally:
 
     def __init__(self) -> None:
         self._places: dict[int, int] = {}
-        self._ids = array.array("q")
-        self._counts = array.array("q")
+        self._columns = np.zeros((2, 32), np.int32)
 
     def add(self, tokens: Iterable[int]) -> None:
         for token in tokens:
-            place = self._places.setdefault(token, len(self._ids))
-            if place == len(self._ids):
-                self._ids.append(token)
-                self._counts.append(1)
-            else:
-                self._counts[place] += 1
+            place = self._places.get(token)
+            if place is None:
+                place = self._places[token] = len(self._places)
+                if place == self._columns.shape[1]:
+                    self._columns = np.concatenate((self._columns, np.zeros_like(self._columns)), axis=1)
+                self._columns[0, place] = token
+            self._columns[1, place] += 1
 
     @property
     def ids(self) -> np.ndarray:
-        """int64 [distinct tokens]."""
-        return np.array(self._ids, np.int64)
+        """int32 [distinct tokens]; until the next `add`."""
+        return self._columns[0, : len(self._places)]
 
     @property
     def counts(self) -> np.ndarray:
-        """int64, of each of `ids`."""
-        return np.array(self._counts, np.int64)
+        """int32, of each of `ids`; until the next `add`."""
+        return self._columns[1, : len(self._places)]
 
 
 class History:
@@ -61,11 +60,11 @@ class History:
         self._repetition = sampling.repetition_penalty != 1.0
         self._presence = sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
         bias = sampling.logit_bias
-        self.bias_ids = np.fromiter(bias.keys(), np.int64, len(bias))
+        self.bias_ids = np.fromiter(bias.keys(), np.int32, len(bias))
         self.bias_values = np.fromiter(bias.values(), np.float32, len(bias))
         bad_words = request.bad_words_token_ids
-        self.bad_ids = np.array(sorted({ids[0] for ids in bad_words if len(ids) == 1}), np.int64)
-        """Bad words of one token."""
+        self._bad_alone = {ids[0] for ids in bad_words if len(ids) == 1}
+        self._bad_always = np.array(sorted(self._bad_alone), np.int32)
         self._bad_after: dict[int, list[tuple[list[int], int]]] = {}
         for *start, last in (ids for ids in bad_words if len(ids) > 1):
             self._bad_after.setdefault(start[-1], []).append((start, last))
@@ -79,9 +78,10 @@ class History:
         if self._presence:
             self.output.add(tokens[max(start, self._num_prompt) :])
 
-    def bad_now(self) -> Iterator[int]:
-        """Tokens that would complete a bad word of several; those of one are `bad_ids`."""
-        tokens = self.tokens
+    def bad_now(self) -> np.ndarray:
+        """int32: tokens that would complete a bad word now, each once."""
+        tokens, completing = self.tokens, set()
         for start, last in self._bad_after.get(tokens[-1], ()) if self._bad_after else ():
-            if tokens[-len(start) :] == start:
-                yield last
+            if last not in self._bad_alone and tokens[-len(start) :] == start:
+                completing.add(last)
+        return np.array([*self._bad_always, *sorted(completing)], np.int32) if completing else self._bad_always

@@ -4,12 +4,13 @@ A processor is a function that looks, on the host and when a step is planned, at
 an edit for the logits of that step, or None where nobody asks for it. Their order is that of transformers' `generate`; where
 transformers has no such processor (presence and frequency penalty) it is vLLM's: after the repetition penalty.
 
-Shape letters: S sequences that draw, V vocabulary, E entries of the logits that an edit changes.
+Shape letters: S sequences that draw, V vocabulary, R rows that an edit changes, E entries of the logits that it changes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -18,6 +19,7 @@ import torch
 
 from hpcinfer.request import Request
 from hpcinfer.sampling.history import History
+from hpcinfer.sampling.logits import on_device
 
 
 class Draw(NamedTuple):
@@ -48,105 +50,135 @@ Processor = Callable[[Sequence[tuple[int, Draw]], frozenset[int]], Edit | None]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entries:
-    """Single entries of the logits, each at most once."""
+    """Single entries of the logits, each at most once: in R of the S rows some tokens each."""
 
     rows: np.ndarray
-    """int64 [E]."""
+    """int64 [R]."""
+    lengths: np.ndarray
+    """int64 [R]: entries in each of them."""
     ids: np.ndarray
-    """int64 [E]: token ids."""
-    values: np.ndarray
-    """float32 [E]: what is done with each."""
+    """int32 [E]: their token ids, row after row."""
 
     @classmethod
-    def of(cls, parts: Sequence[tuple[int, np.ndarray, np.ndarray | float]]) -> Entries | None:
-        """From (row, ids, values or one value for all of them) of every sequence; None where there are none."""
-        parts = [part for part in parts if len(part[1])]
+    def of(cls, parts: Sequence[tuple[int, np.ndarray]]) -> Entries | None:
+        """From (row, its token ids) of every sequence, all with some; None without any."""
         if not parts:
             return None
-        lengths = [len(ids) for _, ids, _ in parts]
-        values = [np.broadcast_to(np.asarray(values, np.float32), ids.shape) for _, ids, values in parts]
-        return cls(
-            np.repeat(np.array([row for row, _, _ in parts], np.int64), lengths),
-            np.concatenate([ids for _, ids, _ in parts]),
-            np.concatenate(values),
-        )
+        rows, ids = zip(*parts, strict=True)
+        return cls(np.array(rows, np.int64), np.array([len(each) for each in ids], np.int64), np.concatenate(ids))
 
-    def on(self, logits: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """(rows, ids), values on the device of `logits`. Ids outside the vocabulary, which no token can have, are left out."""
-        inside = self.ids < logits.shape[-1]
-        arrays = (self.rows, self.ids, self.values)
-        if not inside.all():
-            arrays = tuple(array[inside] for array in arrays)
-        rows, ids, values = (torch.from_numpy(array).to(logits.device, non_blocking=True) for array in arrays)
-        return (rows, ids), values
+    def on(self, logits: torch.Tensor, *values: np.ndarray) -> tuple[tuple[torch.Tensor, torch.Tensor], list[torch.Tensor]]:
+        """On the device of `logits`: (row, token id) of each entry as int64 [E]; and of `values` [R], one a row, its row's [E]."""
+        lengths, ids, rows, *each = on_device((self.lengths, self.ids, self.rows, *values), logits.device)
+        # The size is given: asking the device for it would wait for it.
+        spread = [torch.repeat_interleave(value, lengths, output_size=len(self.ids)) for value in (rows, *each)]
+        return (spread[0], ids.long()), spread[1:]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Added(Entries):
-    """Values that are added to logits."""
+class Added:
+    """Biases that are added to logits."""
+
+    entries: Entries
+    biases: np.ndarray
+    """float32 [E]."""
 
     def apply(self, logits: torch.Tensor) -> None:
-        places, values = self.on(logits)
-        logits[places] = logits[places] + values
+        places, _ = self.entries.on(logits)
+        logits[places] = logits[places] + on_device((self.biases,), logits.device)[0]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Repeated(Entries):
+class Repeated:
     """Repetition penalties, by which positive logits are divided and others multiplied."""
 
+    entries: Entries
+    penalties: np.ndarray
+    """float32 [R]."""
+
     def apply(self, logits: torch.Tensor) -> None:
-        places, values = self.on(logits)
+        places, (penalties,) = self.entries.on(logits, self.penalties)
         before = logits[places]
-        logits[places] = torch.where(before < 0, before * values, before / values)
+        logits[places] = torch.where(before < 0, before * penalties, before / penalties)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class RuledOut(Entries):
-    """Tokens that must not be drawn."""
+class Counted:
+    """Penalties of tokens in the output: one for being there, and one for each time."""
+
+    entries: Entries
+    counts: np.ndarray
+    """int32 [E]."""
+    presence: np.ndarray
+    """float64 [R]."""
+    frequency: np.ndarray
+    """float64 [R]."""
 
     def apply(self, logits: torch.Tensor) -> None:
-        places, _ = self.on(logits)
-        logits[places] = -torch.inf
+        places, (presence, frequency) = self.entries.on(logits, self.presence, self.frequency)
+        (counts,) = on_device((self.counts,), logits.device)
+        logits[places] = logits[places] - (presence + frequency * counts).float()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RuledOut:
+    """Tokens that must not be drawn."""
+
+    entries: Entries
+
+    def apply(self, logits: torch.Tensor) -> None:
+        places, _ = self.entries.on(logits)
+        # Ids outside the vocabulary, which no token can have, do nothing: a tokenizer may have more of them than the model.
+        inside = places[1] < logits.shape[-1]
+        rows, ids = places[0], torch.where(inside, places[1], 0)
+        logits.view(-1).scatter_reduce_(0, rows * logits.shape[-1] + ids, torch.where(inside, -torch.inf, torch.inf), "amin")
 
 
 def bias(draws: Sequence[tuple[int, Draw]], eos_token_ids: frozenset[int]) -> Edit | None:
     """logit_bias, as SequenceBiasLogitsProcessor with sequences of one token."""
-    return Added.of([(row, draw.history.bias_ids, draw.history.bias_values) for row, draw in draws])
+    biased = [(row, draw.history) for row, draw in draws if len(draw.history.bias_ids)]
+    entries = Entries.of([(row, history.bias_ids) for row, history in biased])
+    return entries and Added(entries, np.concatenate([history.bias_values for _, history in biased]))
 
 
 def repetition(draws: Sequence[tuple[int, Draw]], eos_token_ids: frozenset[int]) -> Edit | None:
     """repetition_penalty, as RepetitionPenaltyLogitsProcessor."""
-    return Repeated.of(
-        [(row, draw.history.everything.ids, draw.request.sampling.repetition_penalty) for row, draw in draws]
-    )
+    penalised = [(row, draw) for row, draw in draws if len(draw.history.everything.ids)]
+    entries = Entries.of([(row, draw.history.everything.ids) for row, draw in penalised])
+    return entries and Repeated(entries, np.array([draw.request.sampling.repetition_penalty for _, draw in penalised], np.float32))
 
 
 def counts(draws: Sequence[tuple[int, Draw]], eos_token_ids: frozenset[int]) -> Edit | None:
-    """presence_penalty and frequency_penalty."""
-    parts = []
-    for row, draw in draws:
-        sampling, tally = draw.request.sampling, draw.history.output
-        parts.append((row, tally.ids, -(sampling.presence_penalty + sampling.frequency_penalty * tally.counts)))
-    return Added.of(parts)
+    """presence_penalty and frequency_penalty, as vLLM has them."""
+    penalised = [(row, draw) for row, draw in draws if len(draw.history.output.ids)]
+    entries = Entries.of([(row, draw.history.output.ids) for row, draw in penalised])
+    return entries and Counted(
+        entries,
+        np.concatenate([draw.history.output.counts for _, draw in penalised]),
+        np.array([draw.request.sampling.presence_penalty for _, draw in penalised]),
+        np.array([draw.request.sampling.frequency_penalty for _, draw in penalised]),
+    )
 
 
 def bad_words(draws: Sequence[tuple[int, Draw]], eos_token_ids: frozenset[int]) -> Edit | None:
     """bad_words, as NoBadWordsLogitsProcessor."""
-    parts = []
-    for row, draw in draws:
-        ids = {*draw.history.bad_now()}.difference(draw.history.bad_ids.tolist())
-        parts.append((row, np.array([*draw.history.bad_ids, *sorted(ids)], np.int64), 0.0))
-    return RuledOut.of(parts)
+    parts = ((row, draw.history.bad_now()) for row, draw in draws)
+    entries = Entries.of([(row, ids) for row, ids in parts if len(ids)])
+    return entries and RuledOut(entries)
 
 
 def minimum(draws: Sequence[tuple[int, Draw]], eos_token_ids: frozenset[int]) -> Edit | None:
     """min_tokens, as MinNewTokensLengthLogitsProcessor, for end-of-sequence and stop ids."""
-    parts = []
-    for row, draw in draws:
-        sampling = draw.request.sampling
-        if draw.num_output_tokens < sampling.min_tokens:
-            parts.append((row, np.array(sorted(eos_token_ids.union(sampling.stop_token_ids)), np.int64), 0.0))
-    return RuledOut.of(parts)
+    early = [(row, draw) for row, draw in draws if draw.num_output_tokens < draw.request.sampling.min_tokens]
+    parts = ((row, _ends(eos_token_ids, draw.request.sampling.stop_token_ids)) for row, draw in early)
+    entries = Entries.of([(row, ids) for row, ids in parts if len(ids)])
+    return entries and RuledOut(entries)
+
+
+@functools.lru_cache(maxsize=256)
+def _ends(eos_token_ids: frozenset[int], stop_token_ids: tuple[int, ...]) -> np.ndarray:
+    """int32: ids that end a generation, each once."""
+    return np.array(sorted(eos_token_ids.union(stop_token_ids)), np.int32)
 
 
 PROCESSORS: tuple[Processor, ...] = (bias, repetition, counts, bad_words, minimum)

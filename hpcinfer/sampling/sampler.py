@@ -91,7 +91,7 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     """
     if not batch.edits and batch.masks is None:
         return _draw(logits, batch)
-    edited = logits.clone()
+    edited = logits.clone(memory_format=torch.contiguous_format)
     for edit in batch.edits:
         edit.apply(edited)
     if batch.masks is not None:

@@ -113,6 +113,16 @@ def test_text_is_cut_between_characters(tokenizer, stop, settings_, text):
     assert final_text(tokenizer, ids, SamplingParams(stop=stop, **settings_)) == text
 
 
+@pytest.mark.parametrize("tokenizer", [byte_level, byte_fallback], indirect=True)
+@pytest.mark.parametrize("end", ["第三", "🙂三"])
+@pytest.mark.parametrize("before", ["", "ö" * 20, "🙂" * 9, "a🙂ö" * 5, "ö第" * 9, "xy" * 15])
+def test_characters_of_several_tokens_are_read_from_wherever_reading_begins(tokenizer, before, end):
+    ids = tokenizer.encode_plain(before + end).tolist()
+    sampling = SamplingParams(stop=[end, "x三"])
+    wanted = first_hit(tokenizer, ids, sampling)
+    assert wanted == len(ids) and {watched(tokenizer, ids, sampling, start) for start in range(len(ids))} == {wanted}
+
+
 def test_a_token_costs_the_same_however_long_the_text_is(tokenizer, monkeypatch):
     """Tokens decoded in all, counted: a fixed number for each token, also where each one might end a stop text or is broken."""
     decoded = []
