@@ -42,7 +42,7 @@ class _Library(NamedTuple):
 
 
 class Grammars:
-    """The compiled constraints of one model.
+    """The compiled constraints of one model. A thread that compiles keeps none waiting that fills masks.
 
     The tokenizer and llguidance are loaded when the first constraint comes.
 
@@ -60,7 +60,7 @@ class Grammars:
         self._eos_token_ids = np.array(sorted(i for i in eos_token_ids if i < vocab_size), np.int64)
         self._ends = _Bits(self._eos_token_ids)
         self._compiled = functools.lru_cache(_MOST_COMPILED)(self._compile)
-        self._lock = threading.Lock()  # the leader checks while a thread fills masks
+        self._loading = threading.Lock()
 
     def check(self, constraint: Constraint) -> None:
         """Make sure that rows can be generated under `constraint`.
@@ -69,10 +69,7 @@ class Grammars:
             RowError: it cannot be compiled, with llguidance's reason; nothing fulfils it; or this model's tokenizer cannot be used.
             ConfigError: llguidance is not installed.
         """
-        with self._lock:
-            compiled = self._compiled(constraint)
-        if isinstance(compiled, HpcinferError):
-            raise compiled.with_traceback(None)
+        self._prototype(constraint)
 
     def matcher(self, constraint: Constraint, *, may_end: bool) -> Matcher:
         """A matcher at the start of the constraint.
@@ -83,9 +80,7 @@ class Grammars:
         Raises:
             RowError, ConfigError: as `check`.
         """
-        self.check(constraint)
-        with self._lock:
-            return Matcher(self._compiled(constraint).deep_copy(), may_end=may_end and len(self._eos_token_ids) > 0)
+        return Matcher(self._prototype(constraint).deep_copy(), may_end=may_end and len(self._eos_token_ids) > 0)
 
     @property
     def mask_words(self) -> int:
@@ -122,8 +117,13 @@ class Grammars:
         found = words[:, :whole].any(axis=1)
         return found | ((words[:, whole] & np.int32((1 << rest) - 1)) != 0) if rest else found
 
-    @functools.cached_property
+    @property
     def _library(self) -> _Library:
+        with self._loading:  # by whichever thread comes first
+            return self._loaded
+
+    @functools.cached_property
+    def _loaded(self) -> _Library:
         module = _llguidance()
         tokenizer = self._tokenizer()
         if tokenizer is None:
@@ -137,6 +137,13 @@ class Grammars:
             raise RowError(f"structured output does not work with this model's tokenizer: {_one_line(str(error))}") from error
         threads = max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0)) - 1))
         return _Library(module, view, module.LLExecutor(threads), _Bits(np.array(view.eos_tokens, np.int64)))
+
+    def _prototype(self, constraint: Constraint) -> Any:
+        """The library's matcher, to be copied; nobody goes on with it. Raises as `check`."""
+        compiled = self._compiled(constraint)
+        if isinstance(compiled, HpcinferError):
+            raise compiled.with_traceback(None)
+        return compiled
 
     def _compile(self, constraint: Constraint) -> Any:
         """The library's matcher, or why there is none: what is returned is kept, what is raised is not."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import re
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -226,3 +228,27 @@ def test_constraints_are_compiled_once(monkeypatch):
     first, second = (grammars.matcher(Constraint("regex", "a"), may_end=True) for _ in range(2))
     first.consume([ord("a")])
     assert allowed(grammars, second) == (None, [ord("a")]), "matchers of one constraint are apart"
+
+
+def test_masks_are_filled_while_another_thread_compiles(monkeypatch):
+    """A large constraint of a coming row must not hold up the rows in work."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(module, text):
+        if text == "slow":
+            begun.set()
+            assert go_on.wait(20)
+        return module.LLMatcher.grammar_from_regex(text)
+
+    monkeypatch.setattr("hpcinfer.sampling.grammar._FORMS", {"regex": slow})
+    grammars = demo_grammars()
+    grammars.check(Constraint("regex", "a"))
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        compiling = pool.submit(grammars.check, Constraint("regex", "slow"))
+        assert begun.wait(20)
+        filled = pool.submit(lambda: allowed(grammars, grammars.matcher(Constraint("regex", "a"), may_end=True)))
+        try:
+            assert filled.result(timeout=10) == (None, [ord("a")]) and not compiling.done()
+        finally:
+            go_on.set()
+        compiling.result(timeout=20)
