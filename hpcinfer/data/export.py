@@ -170,8 +170,8 @@ def _merged(run: RunDirectory, folder: str | None) -> Iterator[Path | None]:
 
     Merging reads around segments that writers compact meanwhile, and what is exported is one state of the run.
     """
-    num_rows = read_status(run, exact=True).num_rows
-    if run.is_complete(num_rows):
+    status = read_status(run, exact=True)
+    if run.is_complete(status.num_rows, status.retry_round):
         yield None
         return
     try:
@@ -179,7 +179,7 @@ def _merged(run: RunDirectory, folder: str | None) -> Iterator[Path | None]:
     except OSError as error:
         raise DataError(f"cannot write in {folder}", found=error.strerror or str(error), fix="give another DEST") from error
     with scratch as name:
-        yield merge_run(run, num_rows, Path(name) / GENERATIONS_FILE, allow_partial=True, owner="export").path
+        yield merge_run(run, status.num_rows, Path(name) / GENERATIONS_FILE, allow_partial=True, owner="export").path
 
 
 def _open_generations(path: Path) -> GenerationFile:

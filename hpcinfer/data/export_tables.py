@@ -37,7 +37,7 @@ def json_line(entry: Mapping[str, Any]) -> bytes:
 def write_csv(out: BinaryIO, entries: Iterator[Entry], names: list[str]) -> int:
     """A header and a row each (RFC 4180, UTF-8); null is an empty field, lists and the like are JSON. Returns the number of rows."""
     text = io.TextIOWrapper(out, "utf-8", "replace", newline="", write_through=True)
-    # With "\r\n" as line end the writer also quotes fields that have a "\r" in them.
+    # As RFC 4180 says; some versions of Python quote a "\r" only where it is in the line end.
     writer = csv.writer(text, lineterminator="\r\n")
     writer.writerow(names)
     num_rows = 0

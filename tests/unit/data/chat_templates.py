@@ -5,11 +5,14 @@ from __future__ import annotations
 MARKED = """
 {%- for message in messages %}
 <|im_start|>{{ message['role'] }}
+    {% if message['name'] is defined %}
+[{{ message['name'] }}]
+    {% endif %}
 {{ message['content'] }}<|im_end|>
 {% endfor %}
 {%- if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-"""ChatML: a mark before and after every message."""
+"""ChatML: a mark before and after every message, and blocks on lines of their own, of which nothing may be left."""
 
 BRACKETED = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}{% set system = messages[0]['content'] %}"
