@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 MODEL = "demo-chat"
+CHOICES = ["yes", "no"]
 RESPONSE = "response"
 ROW_FAILED = "row_failed"
 
@@ -53,6 +54,8 @@ GOOD: list[Callable[[], dict[str, Any]]] = [
     lambda: completion(prompt=["sort 3 1:"], max_tokens=4, best_of=1, echo=False, suffix=""),
     lambda: completion(prompt=[49, 43, 50, 61], temperature=1, logit_bias={}),
     lambda: completion(prompt=[[49, 43, 50, 61]], top_k=5, ignore_eos=True, max_tokens=2),
+    lambda: chat(stop="4", presence_penalty=0.5, frequency_penalty=-0.5, logit_bias={"52": -100, "51": 2.5}, temperature=1),
+    lambda: completion(structured_outputs={"choice": CHOICES}, prompt="yes or no?"),
 ]
 BAD: list[tuple[str, Callable[[], dict[str, Any]]]] = [
     ("missing_required_parameter", _without("body")),

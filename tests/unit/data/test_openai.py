@@ -28,7 +28,7 @@ from hpcinfer.request import FinishReason, Generation, Status
 from tests.conftest import ROOT
 from tests.mpi import rank_env
 from tests.unit.data.chat_templates import STYLES
-from tests.unit.data.openai_batch import MODEL, RESPONSE, ROW_FAILED, chat, completion, make_batch
+from tests.unit.data.openai_batch import CHOICES, MODEL, RESPONSE, ROW_FAILED, chat, completion, make_batch
 
 DEMO = ROOT / "datasets" / "demo-model"
 HEX = "[0-9a-f]{32}"
@@ -137,6 +137,9 @@ def test_a_batch_of_a_thousand_lines(tmp_path, model):
     # The same bytes again, and a limit that a line gave itself was kept.
     export(tmp_path / run, tmp_path / "again.jsonl", ExportOptions(format="openai", prompts=str(tmp_path / prompts)))
     assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / f"{out}.jsonl").read_bytes()
+    chosen = {json.loads(line)["custom_id"] for line in content.splitlines() if b'"choice"' in line}
+    choices = [entry["response"]["body"]["choices"][0]["text"] for entry in responses if entry["custom_id"] in chosen]
+    assert len(choices) > 20 and set(choices) <= set(CHOICES)
     used = {entry["response"]["body"]["usage"]["completion_tokens"] for entry in responses}
     assert max(used) == 8 and 2 in used
 
