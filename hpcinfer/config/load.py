@@ -37,9 +37,15 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
 
 
 def apply_override(tables: dict[str, Any], override: str) -> None:
-    """Put one "section.key=value" into `tables`. The value is read as TOML; what is not TOML is taken as a string."""
+    """Put one "section.key=value" into `tables`. The value is read as TOML; what is not TOML is taken as a string.
+
+    A section that may be one text in a job file may be so here too ("task=score").
+    """
     name, equals, text = override.partition("=")
     section, dot, key = name.strip().partition(".")
+    if equals and not dot and hasattr(typing.get_type_hints(JobConfig).get(section), "from_text"):
+        tables[section] = _toml_value(text)
+        return
     if not equals or not dot or not section or not key:
         raise UsageError(f"--set {override!r}", fix="write --set section.key=value, for example --set parallel.tp=2")
     table = tables.setdefault(section, {})

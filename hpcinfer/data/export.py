@@ -196,6 +196,8 @@ def _prompts(run: RunDirectory | None, options: ExportOptions) -> PromptsReader:
         raise DataError("columns of the input need the prompts", fix="give --prompts FILE")
     reader = open_prompts(path, options.dataset or None)
     try:
+        if run is not None and run.identity.sampling.get("continuation"):
+            reader.read_continuations(run.identity.sampling["continuation"])
         if run is not None and (
             reader.num_rows < run.num_rows or prefix_fingerprint(reader, run.num_rows) != run.identity.input_fingerprint
         ):

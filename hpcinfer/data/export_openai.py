@@ -147,7 +147,7 @@ class _Layout:
 
     def _choice(self, generation: Generation, chat: bool) -> dict[str, Any]:
         logprobs = None
-        if getattr(generation, "logprobs", None) is not None:
+        if generation.logprobs is not None:
             if self._logprobs is None:
                 self._logprobs = LogprobWriter(Tokenizer(self._folder))
             logprobs = self._logprobs.chat(generation) if chat else self._logprobs.completion(generation)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from hpcinfer.data.export import export_jsonl
+from hpcinfer.data.export import ExportOptions, export_jsonl
 from hpcinfer.data.generations import GenerationFile
 from hpcinfer.data.prompts.prompts_writer import PromptsWriter
 from hpcinfer.request import Generation, Status
@@ -78,7 +78,8 @@ def test_score_continuations(prompts, reference, tmp_path):
         np.testing.assert_allclose(row.score.logprob, expected[first - 1 :].sum(), atol=1e-3)
         np.testing.assert_allclose(row.prompt_logprobs.chosen[1:], expected, atol=1e-3)
     assert rows[0].score.logprob > rows[1].score.logprob + 1, "the right answer is the likelier one"
-    export_jsonl(tmp_path / "run", tmp_path / "rows.jsonl")
+    # The run's own prompts, continuations included, are the ones that a join accepts.
+    export_jsonl(tmp_path / "run", tmp_path / "rows.jsonl", ExportOptions(ids=True))
     lines = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert lines[0]["perplexity"] == rows[0].score.perplexity and lines[3]["score"] is None
 

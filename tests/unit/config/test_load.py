@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hpcinfer.config.job import JobConfig, RunSection
 from hpcinfer.config.load import apply_override, job_from_tables, job_to_tables, load_job
 from hpcinfer.errors import ConfigError, HpcinferError, UsageError
+from hpcinfer.request import TaskParams
 
 SMALLEST = {"model": {"path": "m"}, "data": {"prompts": "p.h5", "output": "runs/x"}}
 
@@ -90,6 +91,12 @@ def test_wrong_values_say_what_is_valid(tmp_path, overrides, words):
         load_job(path, overrides)
     assert words in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_a_section_that_may_be_one_text_may_be_so_in_an_override():
+    tables = {"model": {"path": "m"}, "data": {"prompts": "p", "output": "o"}, "task": {"kind": "embed", "pooling": "cls"}}
+    apply_override(tables, "task=score")
+    assert job_from_tables(tables).task == TaskParams(kind="score")
 
 
 @pytest.mark.parametrize("override", ["tp=2", "parallel.tp", "=3", ".a=3", "a.=1"])

@@ -88,7 +88,7 @@ def test_sampled_rows_with_everything_do_not_depend_on_what_runs_beside_them():
     """Alone, in a crowd, preempted and running ahead."""
     sampling = SamplingParams(
         temperature=1.5, top_p=0.95, n=2, seed=5, max_tokens=30, ignore_eos=True, repetition_penalty=1.2, presence_penalty=0.3,
-        frequency_penalty=0.2, stop=["zz", "q", "8"], bad_words=["e", "ab"], min_tokens=6, logit_bias={104: 1.0},
+        frequency_penalty=0.2, stop=["pw", "q", "8"], bad_words=["e", "ab"], min_tokens=6, logit_bias={104: 1.0},
     )
     alone, ahead, tight = (
         hpcinfer.Engine(MODEL, dtype="float32", engine=section)
