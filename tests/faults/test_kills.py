@@ -24,12 +24,13 @@ SAMPLINGS = {
         "sampling.temperature=1.0", "sampling.top_p=0.95", "sampling.n=2", "sampling.seed=7", "sampling.repetition_penalty=1.1",
         'sampling.bad_words=["ab"]', 'sampling.stop=["77", "zz"]', "sampling.min_tokens=2",
     ],
+    "structured": ["sampling.temperature=1.0", "sampling.seed=3", "sampling.structured_regex=' [a-z0-9 ]{3,20}'"],
 }
 # Small commits and little in work at once, so that a kill finds rows committed, in memory and not begun.
 SLOW = ["run.segment_s=0.2", "run.heartbeat_s=0.5", "engine.max_sequences=12", "run.linger_s=20"]
 KILLS_A_ROUND = 8
-ROUNDS = 5
-"""5 rounds of 8 kills for each way of sampling: `make test` runs some, `make test-full` all of them."""
+ROUNDS = {"greedy": 5, "sampled": 5, "structured": 2}
+"""Rounds of 8 kills for each way of sampling: `make test` runs some, `make test-full` all of them."""
 GONE_WITHIN_S = 5.0
 
 
@@ -50,7 +51,7 @@ def undisturbed(tmp_path_factory):
 
 def rounds():
     for sampling in SAMPLINGS:
-        for number in range(ROUNDS):
+        for number in range(ROUNDS[sampling]):
             always = (sampling, number) == ("sampled", 1)
             yield pytest.param(sampling, number, marks=() if always else pytest.mark.full)
 
