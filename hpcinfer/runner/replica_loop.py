@@ -14,7 +14,7 @@ from hpcinfer.data.tokenize import Tokenizer
 from hpcinfer.data.ledger.writers import Leaving, Writer
 from hpcinfer.engine.outcome import generation_of
 from hpcinfer.engine.replica import Replica
-from hpcinfer.errors import ConfigError, TooManyFailedRows
+from hpcinfer.errors import ConfigError, DataError, TooManyFailedRows
 from hpcinfer.observe.metrics import PhaseClock, RateMeter
 from hpcinfer.observe.trace import IDLE, Recorder, span
 from hpcinfer.request import Generation, Status
@@ -125,10 +125,11 @@ class ReplicaLoop:
             ResumableError: the storage refused for too long.
             TooManyFailedRows: more rows failed than the job allows; finished rows are committed.
             ConfigError: a row does not fit into the K/V cache; finished rows are committed.
+            DataError: the prompts cannot be read any further; finished rows are committed.
         """
         try:
             self._run()
-        except (TooManyFailedRows, ConfigError):
+        except (TooManyFailedRows, ConfigError, DataError):
             self._segments.flush()
             raise
         finally:
