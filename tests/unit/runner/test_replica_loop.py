@@ -235,6 +235,15 @@ def test_a_drain_before_the_first_row_takes_none(monkeypatch):
     assert not life.ok and not life.partial and len(life.rows.left) == 20 and life.loop.leaving is Leaving.DRAINED
 
 
+def test_reasons_are_counted_by_kind_and_take_bounded_memory():
+    failures: Counter[str] = Counter()
+    for number in range(5000):
+        replica_loop.count_reason(failures, f"the prompt has {number} tokens")
+        replica_loop.count_reason(failures, f"no text does {number * 'x'}")
+    assert failures["the prompt has # tokens"] == 5000 and failures.total() == 10000
+    assert len(failures) == 1001 and failures.most_common(2)[1][0].startswith("other reasons")
+
+
 @pytest.mark.parametrize("error", [DataError, ConfigError, TooManyFailedRows])
 def test_an_error_that_comes_with_the_rows_keeps_those_that_are_finished(error, monkeypatch):
     """Another start would meet it again: it must not find the same rows missing each time."""
