@@ -278,6 +278,10 @@ def _export_openai(
     # Here and not above: it knows the converters, which other formats do not need.
     from hpcinfer.data.export_openai import write_openai
 
+    if {"score", "embedding"} & set(file.optional):
+        raise UsageError(
+            f"the OpenAI layout has no place for the scores or embeddings of {file.path}", fix="export as jsonl, csv or parquet"
+        )
     destination = Path(shown[1])
     errors = options.errors
     if not errors:

@@ -14,7 +14,7 @@ from hpcinfer.data.tokenize import Tokenizer
 from hpcinfer.data.ledger.writers import Leaving, Writer
 from hpcinfer.engine.outcome import generation_of
 from hpcinfer.engine.replica import Replica
-from hpcinfer.errors import ConfigError, TooManyFailedRows
+from hpcinfer.errors import ConfigError, DataError, TooManyFailedRows
 from hpcinfer.observe.metrics import PhaseClock, RateMeter
 from hpcinfer.observe.trace import IDLE, Recorder, span
 from hpcinfer.request import Generation, Status
@@ -28,6 +28,8 @@ RATE_WINDOW_S = 120.0
 """Heartbeats tell the rates of so long."""
 _IDLE_S = 0.05
 _LONGEST_SILENCE_S = 30.0
+_MOST_REASONS = 1000
+_OTHER_REASONS = "other reasons: see the rows"
 _QUEUED_ROWS = 32
 """Requests kept waiting beyond the sequences in work, so that a finished one is replaced in the next tick."""
 
@@ -125,10 +127,11 @@ class ReplicaLoop:
             ResumableError: the storage refused for too long.
             TooManyFailedRows: more rows failed than the job allows; finished rows are committed.
             ConfigError: a row does not fit into the K/V cache; finished rows are committed.
+            DataError: the prompts cannot be read any further; finished rows are committed.
         """
         try:
             self._run()
-        except (TooManyFailedRows, ConfigError):
+        except (TooManyFailedRows, ConfigError, DataError):
             self._segments.flush()
             raise
         finally:
@@ -231,7 +234,7 @@ class ReplicaLoop:
                 self.figures.statistics.add(generation.num_prompt_tokens, len(generation.token_ids))
             else:
                 self.figures.failed += 1
-                self.figures.failures[_reason(generation.error)] += 1
+                count_reason(self.figures.failures, generation.error)
             self.figures.statistics.seconds = time.monotonic() - self._start_s
         with span(self._recorder, "commit"):
             self._segments.add(generations)
@@ -272,6 +275,9 @@ def check_failures(failed: int, allowed: int, failures: collections.Counter) -> 
         )
 
 
-def _reason(error: str) -> str:
-    """The kind of an error: its numbers taken out, so that equal kinds are counted together."""
-    return re.sub(r"(?<![-\w])\d+", "#", error)
+def count_reason(failures: collections.Counter, error: str) -> None:
+    """Count a failed row by the kind of its error: its numbers taken out, so that equal kinds are counted together. Errors may quote their
+    rows, so that each has a kind of its own: of many kinds the first are told apart.
+    """
+    reason = re.sub(r"(?<![-\w])\d+", "#", error)
+    failures[reason if reason in failures or len(failures) < _MOST_REASONS else _OTHER_REASONS] += 1

@@ -12,7 +12,7 @@ import functools
 import json
 import os
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,7 +69,7 @@ class Grammars:
             RowError: it cannot be compiled, with llguidance's reason; nothing fulfils it; or this model's tokenizer cannot be used.
             ConfigError: llguidance is not installed.
         """
-        self._prototype(constraint)
+        self._usable(constraint)
 
     def matcher(self, constraint: Constraint, *, may_end: bool) -> Matcher:
         """A matcher at the start of the constraint.
@@ -80,7 +80,7 @@ class Grammars:
         Raises:
             RowError, ConfigError: as `check`.
         """
-        return Matcher(self._prototype(constraint).deep_copy(), may_end=may_end and len(self._eos_token_ids) > 0)
+        return Matcher(self._usable(constraint), may_end=may_end and len(self._eos_token_ids) > 0)
 
     @property
     def mask_words(self) -> int:
@@ -97,9 +97,10 @@ class Grammars:
             For each None where its mask has a token; else what to return in place of one (END_WITHOUT_TOKEN, NO_TOKEN_LEFT).
         """
         library = self._library
-        library.executor.unsafe_compute_mask_ptr(
-            [(matcher.library, row) for row, matcher in enumerate(matchers)], words.ctypes.data, words.shape[1] * 4, len(words)
-        )
+        self._compute(matchers, words)
+        for row, matcher in enumerate(matchers):
+            if matcher.library.is_error():
+                self._compute_anew(matcher, words[row : row + 1])
         ends = library.ends.any(words)
         library.ends.clear(words)
         goes_on = self._any_token(words)
@@ -110,6 +111,23 @@ class Grammars:
         may_end = [matcher.may_end and value is None for matcher, value in zip(matchers, instead, strict=True)]
         self._ends.set(words, np.flatnonzero(ends & may_end))
         return instead
+
+    def _compute(self, matchers: list[Matcher], words: np.ndarray) -> None:
+        """The library's own masks."""
+        self._library.executor.unsafe_compute_mask_ptr(
+            [(matcher.library, row) for row, matcher in enumerate(matchers)], words.ctypes.data, words.shape[1] * 4, len(words)
+        )
+
+    def _compute_anew(self, matcher: Matcher, words: np.ndarray) -> None:
+        """`_compute` for one whose library's matcher has failed: perhaps by what others have put into the automaton that they share. What
+        an automaton of its own says is the answer.
+        """
+        for original in matcher.compiled.others(matcher.original):
+            matcher.begin(original)
+            self._compute([matcher], words)
+            if not matcher.library.is_error():
+                matcher.compiled.original = original
+                return
 
     def _any_token(self, words: np.ndarray) -> np.ndarray:
         """bool [R]: whether a token of the model's vocabulary is allowed."""
@@ -138,15 +156,15 @@ class Grammars:
         threads = max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0)) - 1))
         return _Library(module, view, module.LLExecutor(threads), _Bits(np.array(view.eos_tokens, np.int64)))
 
-    def _prototype(self, constraint: Constraint) -> Any:
-        """The library's matcher, to be copied; nobody goes on with it. Raises as `check`."""
+    def _usable(self, constraint: Constraint) -> _Compiled:
+        """A compiled constraint. Raises as `check`."""
         compiled = self._compiled(constraint)
         if isinstance(compiled, HpcinferError):
             raise compiled.with_traceback(None)
         return compiled
 
-    def _compile(self, constraint: Constraint) -> Any:
-        """The library's matcher, or why there is none: what is returned is kept, what is raised is not."""
+    def _compile(self, constraint: Constraint) -> _Compiled | HpcinferError:
+        """The compiled constraint, or why there is none: what is returned is kept, what is raised is not."""
         try:
             library = self._library
             grammar = _FORMS[constraint.kind](library.module, constraint.text)
@@ -155,27 +173,63 @@ class Grammars:
         except (ValueError, RecursionError) as error:
             return _refused(constraint, str(error))
         limits = library.module.LLParserLimits(verbose_errors=False)
-        matcher = library.module.LLMatcher(library.tokenizer, grammar, log_level=0, limits=limits)
-        if matcher.is_error():
-            return _refused(constraint, matcher.get_error())
-        first = Matcher(matcher.deep_copy(), may_end=True)
-        if self.fill([first], np.empty((1, self.mask_words), np.int32)) == [NO_TOKEN_LEFT]:
+        compiled = _Compiled(lambda: library.module.LLMatcher(library.tokenizer, grammar, log_level=0, limits=limits))
+        if compiled.original.is_error():
+            return _refused(constraint, compiled.original.get_error())
+        first = Matcher(compiled, may_end=True)
+        words = np.empty((1, self.mask_words), np.int32)
+        if self.fill([first], words) == [NO_TOKEN_LEFT]:
             reason = f"no text of this model does ({first.error or 'no token'})"
             return RowError(f"structured_{constraint.kind} cannot be fulfilled: {reason}")
-        return matcher
+        second = Matcher(compiled, may_end=True)
+        self._compute([second], words)
+        if second.error:  # its first step alone takes all that an automaton may have
+            return _refused(constraint, second.error)
+        return compiled
+
+
+class _Compiled:
+    """A constraint as the library has compiled it.
+
+    The library's matchers share an automaton with those that they are copied from. It grows with the texts that they go through, and
+    is of no use any more once it has reached the library's limit.
+
+    Args:
+        make: the library's matcher at the start of the constraint, with an automaton of its own.
+    """
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
+        self.original = make()
+        """What is copied for new sequences; nobody goes on with it."""
+
+    def others(self, failed: Any) -> Iterator[Any]:
+        """What may be copied in place of an original that has failed; the last one is new."""
+        if self.original is not failed:
+            yield self.original
+        yield self._make()
 
 
 class Matcher:
     """One sequence's place in its constraint.
 
     Args:
-        library: llguidance's matcher.
+        compiled: the constraint.
         may_end: the model's end-of-sequence ids end the row.
     """
 
-    def __init__(self, library: Any, *, may_end: bool) -> None:
-        self.library = library
+    def __init__(self, compiled: _Compiled, *, may_end: bool) -> None:
+        self.compiled = compiled
         self.may_end = may_end
+        self._token_ids: list[int] = []
+        self.begin(compiled.original)
+
+    def begin(self, original: Any) -> None:
+        """Go to the same place with a copy of `original`."""
+        self.original = original
+        self.library = original.deep_copy()
+        if self._token_ids:
+            self.library.consume_tokens(self._token_ids)
 
     @property
     def error(self) -> str:
@@ -184,6 +238,7 @@ class Matcher:
 
     def consume(self, token_ids: list[int]) -> None:
         """Go on by what was generated. A token that is not allowed here is an error that stays."""
+        self._token_ids += token_ids
         self.library.consume_tokens(token_ids)
 
     def without_ends(self, *, goes_on: bool, ends: bool) -> int | None:

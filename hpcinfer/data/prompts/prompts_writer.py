@@ -198,8 +198,9 @@ class PromptsWriter:
 
 
 def _as_column(name: str, value: Any) -> Any:
-    """A sampling value as its column stores it."""
-    return schema.encode_json(value) if schema.SAMPLING_COLUMNS[name].dtype == "json" else value
+    """A sampling value as its column stores it. Raises ValueError for NaN and infinities, which the fingerprint cannot hold either."""
+    encoded = schema.encode_json(value)
+    return encoded if schema.SAMPLING_COLUMNS[name].dtype == "json" else value
 
 
 def _as_text(prompt: str | bytes) -> bytes:

@@ -24,7 +24,7 @@ from hpcinfer.data.generations import encode_generations
 from hpcinfer.data.prompts.reader import open_prompts
 from hpcinfer.data.tokenize import Tokenizer
 from hpcinfer.errors import DataError, HpcinferError, UsageError
-from hpcinfer.request import FinishReason, Generation, Status
+from hpcinfer.request import FinishReason, Generation, Status, TextScore
 from tests.conftest import ROOT
 from tests.mpi import rank_env
 from tests.unit.data.chat_templates import STYLES
@@ -343,6 +343,16 @@ def test_two_files_or_none(tmp_path):
         export(source, sys.stdout.buffer, options)
     with pytest.raises(DataError, match="--prompts"):
         export(source, tmp_path / "other.jsonl", ExportOptions(format="openai"))
+
+
+@pytest.mark.parametrize("found", [{"score": TextScore(-3.0, 2)}, {"embedding": np.ones(4, np.float32)}])
+def test_what_is_no_generation_has_no_place_there(tmp_path, found):
+    """Lines without their scores would look like empty answers."""
+    convert_lines(tmp_path, [completion() | {"custom_id": "a"}])
+    source = write_generations(tmp_path / "g.h5", [Generation(row=0, status=Status.OK, num_prompt_tokens=3, **found)])
+    with pytest.raises(UsageError, match="jsonl"):
+        export(source, tmp_path / "out.jsonl", ExportOptions(format="openai", prompts=str(tmp_path / "p.h5")))
+    assert not (tmp_path / "out.jsonl").exists() and not (tmp_path / "out.errors.jsonl").exists()
 
 
 def test_prompts_of_another_origin(tmp_path):

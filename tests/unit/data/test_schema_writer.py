@@ -157,6 +157,8 @@ def test_no_folder_is_a_data_error(tmp_path):
         ("text", 7, {}),
         ("text", "x", {"overrides": {"max_tokens": "many"}}),
         ("text", "x", {"overrides": {"no_such": 1}}),
+        ("text", "x", {"overrides": {"temperature": float("nan")}}),
+        ("text", "x", {"overrides": {"seed": 1, "presence_penalty": float("-inf")}}),
         ("text", "x", {"overrides": {"stop_token_ids": "12"}}),
         ("text", "x", {"meta": {"a": float("nan")}}),
         ("text", "x", {"meta": {"a": "\ud800"}}),

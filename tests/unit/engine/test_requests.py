@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hpcinfer.config.load import job_from_tables
-from hpcinfer.data.prompts.prompt_row import sampling_for
+from hpcinfer.data.prompts.prompt_row import PromptRow, sampling_for
 from hpcinfer.data.prompts.prompts_writer import PromptsWriter
 from hpcinfer.data.prompts.reader import open_prompts
 from hpcinfer.engine.requests import RequestBuilder
@@ -47,6 +47,15 @@ def test_another_task_is_another_run():
     found = [facts(**kind) for kind in kinds]
     assert all(found.count(one) == 1 for one in found)
     assert not {"task", "logprobs", "prompt_logprobs"} & found[0].keys(), "runs of earlier versions must stay the same run"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{"stop_token_ids": (2**31,), "min_tokens": 1}, {"stop_token_ids": (2**40,)}, {"repetition_penalty": 1e-50}, {"repetition_penalty": 1e50}],
+)
+def test_what_the_edits_of_logits_cannot_hold_fails_its_row_alone(overrides):
+    with pytest.raises(RowError, match="|".join(overrides)):
+        sampling_for(PromptRow(0, "x", overrides=overrides), SamplingParams())
 
 
 def test_what_is_computed_for_each_task():

@@ -10,6 +10,7 @@ import pytest
 
 from hpcinfer.data.ledger.claims import NoClaim
 from hpcinfer.data.ledger.writers import Leaving
+from hpcinfer.errors import ConfigError, DataError, TooManyFailedRows
 from hpcinfer.launch.signals import DrainFlag
 from hpcinfer.observe.metrics import PhaseClock
 from hpcinfer.request import FinishReason, Generation, Request, SamplingParams, Status
@@ -232,6 +233,33 @@ def test_the_end_of_the_job_drains(monkeypatch):
 def test_a_drain_before_the_first_row_takes_none(monkeypatch):
     life = Life(monkeypatch, asked="SIGTERM")
     assert not life.ok and not life.partial and len(life.rows.left) == 20 and life.loop.leaving is Leaving.DRAINED
+
+
+def test_reasons_are_counted_by_kind_and_take_bounded_memory():
+    failures: Counter[str] = Counter()
+    for number in range(5000):
+        replica_loop.count_reason(failures, f"the prompt has {number} tokens")
+        replica_loop.count_reason(failures, f"no text does {number * 'x'}")
+    assert failures["the prompt has # tokens"] == 5000 and failures.total() == 10000
+    assert len(failures) == 1001 and failures.most_common(2)[1][0].startswith("other reasons")
+
+
+@pytest.mark.parametrize("error", [DataError, ConfigError, TooManyFailedRows])
+def test_an_error_that_comes_with_the_rows_keeps_those_that_are_finished(error, monkeypatch):
+    """Another start would meet it again: it must not find the same rows missing each time."""
+    flushed_at = []
+    monkeypatch.setattr(Kept, "flush", lambda self: flushed_at.append(self.num_ok))
+    real = Rows.take
+
+    def take(rows, count, *, idle=False):
+        if len(rows.left) < 10:
+            raise error("damaged")
+        return real(rows, min(count, 2))
+
+    monkeypatch.setattr(Rows, "take", take)
+    with pytest.raises(error):
+        Life(monkeypatch)
+    assert flushed_at[-1] > 0
 
 
 @pytest.mark.parametrize("failed", [0, 3], ids=["waits for other writers", "meets rows that cannot be run"])

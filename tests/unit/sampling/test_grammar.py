@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import json
 import re
 import sys
 import threading
 
+import llguidance
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from hpcinfer.data.tokenize import Tokenizer
 from hpcinfer.errors import ConfigError, RowError
 from hpcinfer.request import END_WITHOUT_TOKEN, NO_TOKEN_LEFT, Constraint
-from hpcinfer.sampling.grammar import Grammars
+from hpcinfer.sampling.grammar import Grammars, Matcher
 from tests.checkpoints import write_byte_tokenizer
 from tests.conftest import ROOT
 
@@ -252,3 +254,24 @@ def test_masks_are_filled_while_another_thread_compiles(monkeypatch):
         finally:
             go_on.set()
         compiling.result(timeout=20)
+
+
+def test_what_others_have_written_uses_no_row_up(monkeypatch):
+    """Matchers share an automaton of bounded size: rows that come when it is full are as good as the first one."""
+    monkeypatch.setattr(llguidance, "LLParserLimits", functools.partial(llguidance.LLParserLimits, max_lexer_states=600))
+    grammars, rng = demo_grammars(), np.random.default_rng(1)
+    constraint = Constraint("regex", "([ab]*a[ab]{12})+")
+    matchers = [grammars.matcher(constraint, may_end=True) for _ in range(3)]
+    for _ in range(40):
+        for matcher in matchers:
+            matcher.consume(rng.choice([97, 98], 50).tolist())
+            instead, ids = allowed(grammars, matcher)
+            assert instead is None and {97, 98} <= set(ids)
+        matchers = [grammars.matcher(constraint, may_end=True) for _ in range(3)]
+
+
+def test_a_constraint_whose_first_step_takes_all_there_is_says_so(monkeypatch):
+    """As "(a{800}){800}" does, in seconds: its first mask can be filled once, and by no copy."""
+    monkeypatch.setattr(Matcher, "error", property(lambda matcher: "lexer error: too many expressions constructed"))
+    with pytest.raises(RowError, match="structured_regex cannot be used: lexer error: too many"):
+        demo_grammars().check(Constraint("regex", "a"))
