@@ -135,6 +135,7 @@ def main(place: Place) -> int:
     found = {name: load_case(world, folder, layout) for name, layout in LAYOUTS.items()}
     second = sorted(folder.glob("*.safetensors"))[1]
     whole = second.read_bytes()
+    world.channel.barrier()  # others may still have the file mapped, to compare with
     for name, damage in damages(world, second).items():
         if world.rank == 0:
             second.write_bytes(whole)
