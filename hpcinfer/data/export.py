@@ -6,14 +6,14 @@ import contextlib
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from hpcinfer.data.export_inputs import NONE, InputColumns, meta_names
 from hpcinfer.data.export_tables import write_csv, write_json_lines, write_parquet
 from hpcinfer.data.generations import GenerationFile
-from hpcinfer.data.hdf5 import whole_file
+from hpcinfer.data.hdf5 import refuse_to_replace, whole_file
 from hpcinfer.data.ledger.merge import merge_run
 from hpcinfer.data.ledger.run_directory import RunDirectory, open_existing
 from hpcinfer.data.ledger.status import read_status
@@ -119,10 +119,13 @@ def export(
         reader = None
         if options.needs_prompts:
             reader = stack.enter_context(_prompts(run, options))
+        kept = [path, *(reader.paths if reader is not None else ()), *_files_of(run)]
+        if name:
+            refuse_to_replace(name, kept)
         out = stack.enter_context(_whole(name, overwrite)) if name else destination
         shown = (str(source if options.partial else path), name or "-")
         if options.format == OPENAI:
-            return _export_openai(file, reader, run, out, shown, options, overwrite)
+            return _export_openai(file, reader, run, out, shown, options, overwrite, kept)
         num_rows = _write(file, reader, out, options)
     return ExportSummary(*shown, num_rows, file.complete)
 
@@ -145,6 +148,11 @@ def _find(source: str | os.PathLike) -> tuple[RunDirectory | None, Path]:
     with contextlib.suppress(RunDirectoryError):
         return open_existing(folder, sleep=lambda seconds: None), path / GENERATIONS_FILE if path.is_dir() else path
     return None, path / GENERATIONS_FILE if path.is_dir() else path
+
+
+def _files_of(run: RunDirectory | None) -> list[Path]:
+    """What an export must not replace beside its source: the run, complete or not, needs them."""
+    return [] if run is None else [run.generations, run.path / RUN_FILE, run.done, run.segments]
 
 
 def generations_path(source: str | os.PathLike) -> Path:
@@ -274,6 +282,7 @@ def _export_openai(
     shown: tuple[str, str],
     options: ExportOptions,
     overwrite: bool,
+    kept: Sequence[str | os.PathLike],
 ) -> ExportSummary:
     # Here and not above: it knows the converters, which other formats do not need.
     from hpcinfer.data.export_openai import write_openai
@@ -288,6 +297,9 @@ def _export_openai(
         if shown[1] == "-":
             raise UsageError("the OpenAI layout has two files", fix="give --errors FILE beside DEST -")
         errors = str(destination.with_name(f"{destination.stem}.errors{destination.suffix or '.jsonl'}"))
+    if os.path.realpath(errors) == os.path.realpath(shown[1]):
+        raise UsageError(f"--errors {errors} is DEST too", fix="give the error file a name of its own, or leave --errors out")
+    refuse_to_replace(errors, kept)
     with _whole(errors, overwrite) as error_out:
         try:
             counts = write_openai(file, reader, run, out, error_out, model=options.model)

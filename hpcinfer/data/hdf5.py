@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import h5py
@@ -147,6 +147,17 @@ def missing_dataset(file: h5py.File, name: str, problem: str = "") -> DataError:
         found="\n         ".join(there) if there else "no datasets at all",
         fix="name one of them as `dataset`, or convert the file",
     )
+
+
+def refuse_to_replace(path: str | os.PathLike, sources: Iterable[str | os.PathLike]) -> None:
+    """Raises DataError where `path` is one of the files, or lies in one of the folders, that are still to be read."""
+    path = os.fspath(path)
+    if not os.path.exists(path):
+        return
+    for source in map(os.fspath, sources):
+        near = (os.path.dirname(path) or ".") if os.path.isdir(source) else path
+        if os.path.exists(source) and os.path.samefile(source, near):
+            raise DataError(f"{path} would replace what is read", found=f"it is of {source}", fix="give another name for the output")
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from hpcinfer.data.convert.base import Converter, ConvertOptions, Record, Reject
 from hpcinfer.data.convert.order import ORDERS, Sorter
 from hpcinfer.data.convert.sources import unchanged
 from hpcinfer.data.convert.tokenised import tokenised
-from hpcinfer.data.hdf5 import whole_file
+from hpcinfer.data.hdf5 import refuse_to_replace, whole_file
 from hpcinfer.data.prompts import schema
 from hpcinfer.data.prompts.packed import MAX_ROW_BYTES
 from hpcinfer.data.prompts.prompts_writer import PromptsWriter
@@ -90,6 +90,8 @@ def convert(
         raise DataError(f"{destination} is a folder", fix="name the file to write")
     if os.path.exists(destination) and not overwrite:
         raise DataError(f"{destination} exists", fix="give another name, or --overwrite")
+    refuse_to_replace(destination, files)
+    refuse_to_replace(reject_path(destination), [file for file in files if not os.path.isdir(file)])
     if sort and sort not in ORDERS:
         raise UsageError(f"no order {sort!r}", fix=f"sort by one of {', '.join(ORDERS)}")
     # Every source is looked at before a byte is written. Files of one format share a converter, which knows all their ids.

@@ -381,3 +381,19 @@ def test_memory_is_flat_on_one_line_of_100_mb(tmp_path):
     measured = _measured(source, tmp_path / "out.h5")
     assert (measured["rows"], measured["rejected"]) == (2, 1)
     assert measured["growth_mib"] < 250
+
+
+def test_a_conversion_never_replaces_what_it_reads(tmp_path):
+    line = '{"prompt": "one"}\n'
+    for name, destination in (("in.jsonl", "in.jsonl"), ("out.h5.rejected.jsonl", "out.h5")):
+        (tmp_path / name).write_text(line)
+        with pytest.raises(DataError, match="would replace what is read"):
+            convert([tmp_path / name], tmp_path / destination, overwrite=True)
+        assert (tmp_path / name).read_text() == line
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    convert([tmp_path / "in.jsonl"], shards / "part.h5")
+    before = (shards / "part.h5").read_bytes()
+    with pytest.raises(DataError, match="would replace what is read"):
+        convert([shards], shards / "part.h5", overwrite=True)
+    assert (shards / "part.h5").read_bytes() == before
