@@ -13,7 +13,7 @@ import json
 import sys
 
 from hpcinfer.errors import ExitCode, UsageError
-from hpcinfer.units import format_count
+from hpcinfer.units import counted
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -57,10 +57,10 @@ def execute(args: argparse.Namespace) -> int:
     elif args.json:
         print(json.dumps(dataclasses.asdict(summary)))
     else:
-        what = "responses" if summary.errors else "generations"
-        print(f"{summary.destination}: {format_count(summary.num_rows)} {what} of {summary.source}")
+        what = "response" if summary.errors else "generation"
+        print(f"{summary.destination}: {counted(summary.num_rows, what)} of {summary.source}")
         if summary.errors:
-            print(f"{summary.errors}: {format_count(summary.num_errors)} lines without a response")
+            print(f"{summary.errors}: {counted(summary.num_errors, 'line')} without a response")
         if not summary.complete:
             print("the source does not hold every row of its run")
     return ExitCode.DONE

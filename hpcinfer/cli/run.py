@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 
 from hpcinfer.errors import DataError, ExitCode
@@ -37,7 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="more failed rows than this count or share end the run with exit code 1; short for --set run.max_failed=...",
     )
     parser.add_argument(
-        "--limit", metavar="N", dest="overrides", action="append", type=lambda value: f"data.limit={value}",
+        "--limit", metavar="N", dest="overrides", action="append", type=_limit,
         help="a trial: N rows drawn from the whole input, in <output>-trial unless --set data.output names a folder; it ends with what "
         "all rows would take. Short for --set data.limit=N",
     )
@@ -59,6 +60,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--show", type=int, default=5, metavar="N", help="at the end show the first N generations (default: %(default)s)"
     )
+
+
+def _limit(value: str) -> str:
+    if not re.fullmatch(r"0*[1-9][0-9]*", value):  # in a job file 0 stands for all rows, which nobody means by a trial of 0 rows
+        raise argparse.ArgumentTypeError(f"{value!r} is not a number of rows above 0")
+    return f"data.limit={value}"
 
 
 def execute(args: argparse.Namespace) -> int:

@@ -50,9 +50,10 @@ def open_input(path: str | os.PathLike) -> h5py.File:
         raise DataError(f"no such file: {path}") from error
     except READ_ERRORS as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise DataError(
-            f"cannot open {path} as HDF5", found=reason, fix="the file may be truncated, or of another format"
-        ) from error
+        fix = "the file may be truncated, or of another format"
+        if Path(path).suffix.lower() not in (".h5", ".hdf5"):
+            fix += "; `hpcinfer convert` makes a prompts file of JSON Lines, CSV, Parquet and text"
+        raise DataError(f"cannot open {path} as HDF5", found=reason, fix=fix) from error
 
 
 def read_error(error: Exception, what: str) -> DataError | ResumableError:

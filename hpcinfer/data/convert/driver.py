@@ -22,6 +22,7 @@ from hpcinfer.data.prompts.packed import MAX_ROW_BYTES
 from hpcinfer.data.prompts.prompts_writer import PromptsWriter
 from hpcinfer.data.tokenize import Tokenizer
 from hpcinfer.errors import DataError, RowError, UsageError
+from hpcinfer.units import counted
 
 _ROWS_A_REPORT = 10_000
 
@@ -183,7 +184,8 @@ class _Output:
         except DataError as error:
             if self._writer.is_broken:
                 raise
-            self._reject(source, record, schema.one_line(error))
+            # The writer speaks of rows of the prompts file, which nobody will find there.
+            self._reject(source, record, f"the row cannot be stored: {error.found}" if error.found else schema.one_line(error))
         else:
             self._summary.num_rows += 1
 
@@ -212,6 +214,8 @@ def _expand(sources: Sequence[str | os.PathLike]) -> list[str]:
 
 def _check_counts(summary: ConvertSummary, max_rejected: Callable[[int], int] | None) -> None:
     if not summary.num_rows:
+        if not summary.num_rejected:
+            raise DataError("there is no good prompt in the source", found="it is empty", fix="give a file that has rows")
         found = f"{summary.num_rejected} rejected"
         if summary.first_rejects:
             found += f"; the first: {summary.first_rejects[0]}"
@@ -221,7 +225,7 @@ def _check_counts(summary: ConvertSummary, max_rejected: Callable[[int], int] | 
     allowed = None if max_rejected is None else max_rejected(summary.num_rows + summary.num_rejected)
     if allowed is not None and summary.num_rejected > allowed:
         raise DataError(
-            f"{summary.num_rejected} lines rejected, {allowed} allowed", fix=f"see {summary.destination}.rejected.jsonl"
+            f"{counted(summary.num_rejected, 'line')} rejected, {allowed} allowed", fix=f"see {summary.destination}.rejected.jsonl"
         )
 
 

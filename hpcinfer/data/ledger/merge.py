@@ -373,5 +373,5 @@ def _incomplete(run: RunDirectory, plan: _Plan) -> IncompleteRunError:
         f"the run in {run.path} is not complete",
         found=f"{num_ok} ok, {coverage.num_failed} failed, {coverage.num_partial} partial, "
         f"{coverage.num_missing - coverage.num_partial} missing of {coverage.num_keys} (row, sample) pairs{bad}",
-        fix="run the same job again to finish it, or merge what is there with --allow-partial",
+        fix="run the same job again to finish it, or merge what is there: hpcinfer merge RUN_DIR OUT.h5 --partial",
     )

@@ -78,7 +78,7 @@ BAD_LINES = [
     ("[1]", "not a JSON object"),
     ("3", "not a JSON object"),
     ('{"text": "x"}', "no column 'prompt'"),
-    ('{"prompt": null}', "no column 'prompt'"),
+    ('{"prompt": null}', "column 'prompt' is null"),
     ('{"prompt": ""}', "empty"),
     ('{"prompt": 7}', "neither text nor"),
     ('{"prompt": {"a": 1}}', "neither text nor"),
@@ -397,3 +397,22 @@ def test_a_conversion_never_replaces_what_it_reads(tmp_path):
     with pytest.raises(DataError, match="would replace what is read"):
         convert([shards], shards / "part.h5", overwrite=True)
     assert (shards / "part.h5").read_bytes() == before
+
+
+@pytest.mark.parametrize(("content", "problem"), [
+    ('[\n {"prompt": "a"},\n {"prompt": "b"}\n]\n', "is a JSON array"),
+    ('\n[{"prompt": "a"}, {"prompt": "b"}]', "is a JSON array"),
+    ('{"prompt": "a"}\n'.encode("utf-16"), "is UTF-16"),
+    ("", "no good prompt in the source\n  found: it is empty"),
+])  # fmt: skip
+def test_whole_files_of_another_kind(tmp_path, content, problem):
+    """None of them loses some rows and keeps others."""
+    with pytest.raises(DataError, match=problem):
+        run(tmp_path, content)
+    assert not (tmp_path / "out.h5").exists()
+
+
+def test_an_array_among_lines_is_one_bad_line(tmp_path):
+    summary, rows, _ = run(tmp_path, '[1]\n{"prompt": "a"}\n[{"prompt": "b"}]\n{"prompt": "\\ud800"}')
+    assert [row.text for row in rows] == ["a"] and summary.num_rejected == 3
+    assert "the row cannot be stored: 'utf-8'" in rejects(tmp_path)[-1]["reason"]
