@@ -51,7 +51,9 @@ def execute(args: argparse.Namespace) -> int:
     names = [field.name for field in dataclasses.fields(ExportOptions)]
     options = ExportOptions(**{name: getattr(args, name) for name in names})
     destination = sys.stdout.buffer if to_stdout else args.destination
-    summary = export(args.source, destination, options, overwrite=args.overwrite)
+    summary = export(
+        args.source, destination, options, overwrite=args.overwrite, say=lambda text: print(text, file=sys.stderr, flush=True)
+    )
     if to_stdout:
         sys.stdout.buffer.flush()
     elif args.json:

@@ -89,7 +89,12 @@ def execute(args: argparse.Namespace) -> int:
 
     def rank_main(place: Place) -> int:
         apply_site(args.site, os.environ)  # here, so that a rank that cannot read it ends the others
-        return _run(args, environment, place)
+        try:
+            return _run(args, environment, place)
+        except KeyboardInterrupt:
+            if place.rank == 0:
+                print("run the same command again: it goes on from what is committed", file=sys.stderr, flush=True)
+            raise
 
     return run_as_rank(rank_main)
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,6 +14,7 @@ from hpcinfer.data.export_inputs import NONE, InputColumns, meta_names
 from hpcinfer.data.export_tables import write_csv, write_json_lines, write_parquet
 from hpcinfer.data.generations import GenerationFile
 from hpcinfer.data.hdf5 import refuse_to_replace, whole_file
+from hpcinfer.data.ledger.coverage import BadSegments
 from hpcinfer.data.ledger.merge import merge_run
 from hpcinfer.data.ledger.run_directory import RunDirectory, open_existing
 from hpcinfer.data.ledger.status import read_status
@@ -87,6 +88,7 @@ def export(
     options: ExportOptions | None = None,
     *,
     overwrite: bool = False,
+    say: Callable[[str], None] = lambda text: None,
 ) -> ExportSummary:
     """Writes a row a generation, in the order of the file (openai: a line a row of the prompts).
 
@@ -95,6 +97,7 @@ def export(
         destination: the file to appear, whole or not at all; or an open binary stream.
         options: what each row holds, and the format.
         overwrite: replace an existing destination.
+        say: told what is waited for, in words.
     Raises:
         DataError: the source is not there or damaged, the prompts are not those it came from, the destination exists.
         UsageError: the options do not go together.
@@ -110,7 +113,7 @@ def export(
         run, path = _find(source)
         temporary_folder = os.path.dirname(name) or "." if name else None
         if options.partial and run is not None:
-            path = stack.enter_context(_merged(run, temporary_folder)) or path
+            path = stack.enter_context(_merged(run, temporary_folder, say)) or path
         elif not path.is_file():
             path = generations_path(source)
         file = stack.enter_context(_open_generations(path))
@@ -173,7 +176,7 @@ def generations_path(source: str | os.PathLike) -> Path:
 
 
 @contextlib.contextmanager
-def _merged(run: RunDirectory, folder: str | None) -> Iterator[Path | None]:
+def _merged(run: RunDirectory, folder: str | None, say: Callable[[str], None]) -> Iterator[Path | None]:
     """A merge of what is committed so far, in a file of its own that is gone afterwards; None where the run is complete.
 
     Merging reads around segments that writers compact meanwhile, and what is exported is one state of the run.
@@ -187,7 +190,9 @@ def _merged(run: RunDirectory, folder: str | None) -> Iterator[Path | None]:
     except OSError as error:
         raise DataError(f"cannot write in {folder}", found=error.strerror or str(error), fix="give another DEST") from error
     with scratch as name:
-        yield merge_run(run, status.num_rows, Path(name) / GENERATIONS_FILE, allow_partial=True, owner="export").path
+        bad_segments = BadSegments(run, say=say)
+        path = Path(name) / GENERATIONS_FILE
+        yield merge_run(run, status.num_rows, path, allow_partial=True, bad_segments=bad_segments, owner="export").path
 
 
 def _open_generations(path: Path) -> GenerationFile:

@@ -6,6 +6,7 @@ Inputs are opened with `locking=False`: file locks fail on DVS and on some NFS a
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Iterable, Iterator
@@ -188,9 +189,9 @@ def whole_file(path: str | os.PathLike, *, suffix: str = ".tmp") -> Iterator[Pat
         finally:
             os.close(folder)
     except OSError as error:
-        raise DataError(
-            f"cannot write {path}", found=error.strerror or str(error), fix="give a path in a folder that you can write to"
-        ) from error
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        fix = "free space, or give a path where there is more" if is_full else "give a path in a folder that you can write to"
+        raise DataError(f"cannot write {path}", found=error.strerror or str(error), fix=fix) from error
     finally:
         if not done:
             with contextlib.suppress(OSError):

@@ -271,8 +271,11 @@ class _RejectFile:
 
     def __enter__(self) -> _RejectFile:
         # One from an earlier conversion would be taken for this one's.
-        with contextlib.suppress(FileNotFoundError):
-            Path(self._path).unlink()
+        try:
+            Path(self._path).unlink(missing_ok=True)
+        except OSError as error:
+            fix = "give a DEST in a folder that you can write to"
+            raise DataError(f"cannot write {self._path}", found=error.strerror or str(error), fix=fix) from error
         return self
 
     def __exit__(self, *_: object) -> None:

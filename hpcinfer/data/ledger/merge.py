@@ -99,6 +99,8 @@ def merge_run(
     bad_segments = bad_segments or BadSegments(run)
     if destination is not None and final.exists():
         raise DataError(f"{final} exists", fix="remove it, or give another name")
+    if not final.parent.is_dir():
+        raise DataError(f"cannot write {final}", found=f"no folder {final.parent}", fix="make the folder, or give another name")
     try:
         while True:
             try:

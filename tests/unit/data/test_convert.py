@@ -416,3 +416,9 @@ def test_an_array_among_lines_is_one_bad_line(tmp_path):
     summary, rows, _ = run(tmp_path, '[1]\n{"prompt": "a"}\n[{"prompt": "b"}]\n{"prompt": "\\ud800"}')
     assert [row.text for row in rows] == ["a"] and summary.num_rejected == 3
     assert "the row cannot be stored: 'utf-8'" in rejects(tmp_path)[-1]["reason"]
+
+
+def test_where_the_reject_file_cannot_be(tmp_path):
+    (tmp_path / "out.h5.rejected.jsonl").mkdir()
+    with pytest.raises(DataError, match="cannot write .*rejected.jsonl"):
+        run(tmp_path, '{"prompt": "a"}')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -143,3 +144,8 @@ def test_the_two_files_of_an_openai_export_are_two(source, tmp_path):
         export(source, tmp_path / "out.jsonl", options)
     with pytest.raises(DataError, match="would replace what is read"):
         export(source, tmp_path / "out.jsonl", dataclasses.replace(options, errors=str(source)), overwrite=True)
+
+
+def test_a_full_disk_asks_for_space(tmp_path):
+    with pytest.raises(DataError, match="free space"), whole_file(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, "No space left on device")
