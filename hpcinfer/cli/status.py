@@ -15,6 +15,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TextIO
 
 from hpcinfer.errors import ExitCode, UsageError
@@ -106,7 +107,7 @@ def to_text(status) -> str:
         f"  rate      {format_rate(status.rows_per_s)} rows/s and {format_rate(status.output_tokens_per_s)} tokens/s now, "
         f"{format_rate(status.rows_per_s_overall)} rows/s overall",
         f"  to go     {format_count(status.num_to_do)} rows, ETA {format_duration(status.eta_s)}",
-        f"  output    {status.output or 'not merged yet'} ({counted(status.num_segments, 'segment')}, {status.num_bad_segments} bad)",
+        f"  output    {status.output or _unmerged(status.path)} ({counted(status.num_segments, 'segment')}, {status.num_bad_segments} bad)",
         *_writers(status.writers),
     ]
     lines += [
@@ -115,6 +116,11 @@ def to_text(status) -> str:
         if writer.straggles
     ]
     return "\n".join(lines)
+
+
+def _unmerged(path) -> str:
+    trial = Path(path) / "trial.h5"
+    return f"not merged yet; what a trial left is {trial}" if trial.exists() else "not merged yet"
 
 
 def _round(status) -> str:

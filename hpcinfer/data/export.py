@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from hpcinfer.data.convert.sources import COMPRESSED_SUFFIXES
 from hpcinfer.data.export_inputs import NONE, InputColumns, meta_names
 from hpcinfer.data.export_tables import write_csv, write_json_lines, write_parquet
 from hpcinfer.data.generations import GenerationFile
@@ -107,6 +108,8 @@ def export(
     options = dataclasses.replace(options, format=options.format or _SUFFIXES.get(Path(name).suffix.lower(), JSONL))
     if options.format not in FORMATS:
         raise UsageError(f"no format {options.format!r}", fix=f"use one of {', '.join(FORMATS)}")
+    if Path(name).suffix.lower() in COMPRESSED_SUFFIXES:
+        raise UsageError(f"{name} would not be compressed", fix="give DEST -, and pipe the output into gzip or zstd")
     if not name and options.format == PARQUET:
         raise UsageError("Parquet cannot be written to a stream", fix="give a file as DEST")
     with contextlib.ExitStack() as stack:

@@ -149,3 +149,10 @@ def test_the_two_files_of_an_openai_export_are_two(source, tmp_path):
 def test_a_full_disk_asks_for_space(tmp_path):
     with pytest.raises(DataError, match="free space"), whole_file(tmp_path / "out"):
         raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("name", ["out.csv.gz", "out.jsonl.zst"])
+def test_a_compressed_name_is_no_format(source, tmp_path, name):
+    with pytest.raises(UsageError, match="would not be compressed"):
+        export(source, tmp_path / name)
+    assert not (tmp_path / name).exists()
