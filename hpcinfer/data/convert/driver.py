@@ -86,6 +86,8 @@ def convert(
     """
     options = options or ConvertOptions()
     destination = os.fspath(destination)
+    if destination == "-":
+        raise UsageError("HDF5 cannot be written to a stream", fix="give a file as DEST.h5; ./- is one of that name")
     files = _expand(sources)
     if os.path.isdir(destination):
         raise DataError(f"{destination} is a folder", fix="name the file to write")
@@ -207,7 +209,8 @@ def _expand(sources: Sequence[str | os.PathLike]) -> list[str]:
         else:
             matches = sorted(glob.glob(source, recursive=True))
             if not matches:
-                raise DataError(f"no such file: {source}")
+                fix = "name /dev/stdin, and give --format" if source == "-" else "give the path of a file, or a glob that has matches"
+                raise DataError(f"no such file: {source}", fix=fix)
             files += matches
     return files
 

@@ -422,3 +422,13 @@ def test_where_the_reject_file_cannot_be(tmp_path):
     (tmp_path / "out.h5.rejected.jsonl").mkdir()
     with pytest.raises(DataError, match="cannot write .*rejected.jsonl"):
         run(tmp_path, '{"prompt": "a"}')
+
+
+def test_streams_have_other_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}')
+    with pytest.raises(UsageError, match="to a stream"):
+        convert(["in.jsonl"], "-")
+    with pytest.raises(DataError, match="/dev/stdin"):
+        convert(["-"], "out.h5", format="jsonl")
+    assert os.listdir(tmp_path) == ["in.jsonl"]
