@@ -41,6 +41,11 @@ def format_count(count: float) -> str:
     return f"{count:,.0f}"
 
 
+def counted(count: int, one: str, many: str = "") -> str:
+    """A count and what it counts: (1, "row") -> "1 row", (2000, "row") -> "2,000 rows"."""
+    return f"{format_count(count)} {one if count == 1 else many or one + 's'}"
+
+
 def format_rate(rate: float) -> str:
     """Like `format_count`, but below 1 with two digits that say something: `0.0123` -> "0.012"."""
     return f"{rate:.2g}" if 0 < rate < 1 else format_count(rate)

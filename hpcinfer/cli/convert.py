@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hpcinfer.errors import ExitCode, UsageError
-from hpcinfer.units import format_count
+from hpcinfer.units import counted, format_count
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +98,7 @@ def execute(args: argparse.Namespace) -> int:
     counter = _Counter()
 
     def progress(summary: ConvertSummary) -> None:
-        counter.show(f"{format_count(summary.num_rows)} rows, {format_count(summary.num_rejected)} rejected")
+        counter.show(f"{counted(summary.num_rows, 'row')}, {format_count(summary.num_rejected)} rejected")
 
     def rejected(text: str) -> None:
         counter.clear()
@@ -138,7 +138,7 @@ def execute(args: argparse.Namespace) -> int:
         print(json.dumps(dataclasses.asdict(summary)))
         return ExitCode.DONE
     kind = summary.kind.replace("_", " ")
-    print(f"{summary.destination}: {format_count(summary.num_rows)} rows of {kind}")
+    print(f"{summary.destination}: {counted(summary.num_rows, 'row')} of {kind}")
     if summary.num_rejected:
         print(f"{format_count(summary.num_rejected)} rejected, all of them in {summary.reject_file}")
     return ExitCode.DONE

@@ -13,7 +13,7 @@ import json
 import sys
 
 from hpcinfer.errors import ExitCode, UsageError
-from hpcinfer.units import format_count
+from hpcinfer.units import counted
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -51,16 +51,18 @@ def execute(args: argparse.Namespace) -> int:
     names = [field.name for field in dataclasses.fields(ExportOptions)]
     options = ExportOptions(**{name: getattr(args, name) for name in names})
     destination = sys.stdout.buffer if to_stdout else args.destination
-    summary = export(args.source, destination, options, overwrite=args.overwrite)
+    summary = export(
+        args.source, destination, options, overwrite=args.overwrite, say=lambda text: print(text, file=sys.stderr, flush=True)
+    )
     if to_stdout:
         sys.stdout.buffer.flush()
     elif args.json:
         print(json.dumps(dataclasses.asdict(summary)))
     else:
-        what = "responses" if summary.errors else "generations"
-        print(f"{summary.destination}: {format_count(summary.num_rows)} {what} of {summary.source}")
+        what = "response" if summary.errors else "generation"
+        print(f"{summary.destination}: {counted(summary.num_rows, what)} of {summary.source}")
         if summary.errors:
-            print(f"{summary.errors}: {format_count(summary.num_errors)} lines without a response")
+            print(f"{summary.errors}: {counted(summary.num_errors, 'line')} without a response")
         if not summary.complete:
             print("the source does not hold every row of its run")
     return ExitCode.DONE

@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     `--traceback` before the verb shows where an error came from.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _fill_closed_streams()
     # Messages may hold file names that are not valid UTF-8; to print them escaped beats failing to print.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -100,6 +101,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"hpcinfer: {error}", file=sys.stderr)
         return ExitCode.FAILED
+
+
+def _fill_closed_streams() -> None:
+    """Puts something where the caller closed standard streams (`>&-`): the next file that is opened would get their number, and what
+    libraries print would be written into it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is not None:
+            continue
+        try:
+            os.fstat(number)
+        except OSError:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            if descriptor != number:
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            os.set_inheritable(number, True)
+        if number:
+            setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))
 
 
 def _top_parser() -> argparse.ArgumentParser:

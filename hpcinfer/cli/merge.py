@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 
 from hpcinfer.errors import ExitCode
 
@@ -19,6 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Merges. Returns 0 when every row is in the output, 3 when some are missing."""
+    from hpcinfer.data.ledger.coverage import BadSegments
     from hpcinfer.data.ledger.merge import merge_run
     from hpcinfer.data.ledger.run_directory import open_existing
     from hpcinfer.data.ledger.status import read_status
@@ -28,7 +30,8 @@ def execute(args: argparse.Namespace) -> int:
         raise UsageError("--partial needs a name for its output", fix="hpcinfer merge RUN_DIR OUT.h5 --partial")
     run = open_existing(args.run)
     status = read_status(run, exact=True)
-    result = merge_run(run, status.num_rows, args.output, allow_partial=args.partial)
+    bad_segments = BadSegments(run, say=lambda text: print(text, file=sys.stderr, flush=True))
+    result = merge_run(run, status.num_rows, args.output, allow_partial=args.partial, bad_segments=bad_segments)
     if args.json:
         print(json.dumps({**dataclasses.asdict(result), "path": str(result.path)}))
     else:

@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 
 from hpcinfer.errors import DataError, ExitCode
@@ -37,7 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="more failed rows than this count or share end the run with exit code 1; short for --set run.max_failed=...",
     )
     parser.add_argument(
-        "--limit", metavar="N", dest="overrides", action="append", type=lambda value: f"data.limit={value}",
+        "--limit", metavar="N", dest="overrides", action="append", type=_limit,
         help="a trial: N rows drawn from the whole input, in <output>-trial unless --set data.output names a folder; it ends with what "
         "all rows would take. Short for --set data.limit=N",
     )
@@ -61,6 +62,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _limit(value: str) -> str:
+    if not re.fullmatch(r"0*[1-9][0-9]*", value):  # in a job file 0 stands for all rows, which nobody means by a trial of 0 rows
+        raise argparse.ArgumentTypeError(f"{value!r} is not a number of rows above 0")
+    return f"data.limit={value}"
+
+
 def execute(args: argparse.Namespace) -> int:
     """Runs the job. Returns the exit code; replaces this process by a launcher where ranks have to be started."""
     from hpcinfer.config.load import load_job
@@ -82,7 +89,12 @@ def execute(args: argparse.Namespace) -> int:
 
     def rank_main(place: Place) -> int:
         apply_site(args.site, os.environ)  # here, so that a rank that cannot read it ends the others
-        return _run(args, environment, place)
+        try:
+            return _run(args, environment, place)
+        except KeyboardInterrupt:
+            if place.rank == 0:
+                print("run the same command again: it goes on from what is committed", file=sys.stderr, flush=True)
+            raise
 
     return run_as_rank(rank_main)
 

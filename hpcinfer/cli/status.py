@@ -15,11 +15,14 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TextIO
 
-from hpcinfer.errors import ExitCode
+from hpcinfer.errors import ExitCode, UsageError
 
 _CLEAR = "\x1b[H\x1b[2J\x1b[3J"
+_SHORTEST_S, _LONGEST_S = 0.1, 86400
+"""Between two looks of a watch."""
 _SHOWN = 20
 """So many writers are shown whatever they do; of more, those that may be at work."""
 
@@ -39,9 +42,11 @@ def execute(args: argparse.Namespace) -> int:
     from hpcinfer.data.ledger.run_directory import open_existing
     from hpcinfer.data.ledger.status import StatusReader
 
+    if not _SHORTEST_S <= args.every <= _LONGEST_S:
+        raise UsageError(f"--every {args.every:g}", fix=f"give {_SHORTEST_S} to {_LONGEST_S} seconds")
     reader = StatusReader(open_existing(args.run))
     if args.watch:
-        return watch(reader, sys.stdout, every_s=max(args.every, 0.1), as_json=args.json)
+        return watch(reader, sys.stdout, every_s=args.every, as_json=args.json)
     status = reader.read()
     print(to_json(status) if args.json else to_text(status))
     return ExitCode.DONE if status.complete else ExitCode.RESUMABLE
@@ -76,7 +81,7 @@ def to_json(status) -> str:
 
 def to_line(status) -> str:
     """A line with the figures of the whole run."""
-    from hpcinfer.units import format_count, format_duration, format_rate
+    from hpcinfer.units import counted, format_count, format_duration, format_rate
 
     num_ended = status.num_done + status.num_failed
     live = sum(writer.is_active for writer in status.writers)
@@ -84,14 +89,14 @@ def to_line(status) -> str:
     parts = [
         f"{time.strftime('%H:%M:%S')} {format_count(num_ended)}/{format_count(status.num_total)} rows",
         f"{format_count(status.num_failed)} failed", f"{format_rate(status.rows_per_s)} rows/s",
-        f"{format_rate(status.output_tokens_per_s)} tokens/s", f"{live} writers", f"ETA {format_duration(status.eta_s)}", *stragglers,
+        f"{format_rate(status.output_tokens_per_s)} tokens/s", counted(live, "writer"), f"ETA {format_duration(status.eta_s)}", *stragglers,
     ]
     return ", ".join([*parts, "complete"] if status.complete else parts)
 
 
 def to_text(status) -> str:
     """A few lines, and a table of the writers."""
-    from hpcinfer.units import format_count, format_duration, format_rate
+    from hpcinfer.units import counted, format_count, format_duration, format_rate
 
     exact = "" if status.exact else "  (from heartbeats)"
     lines = [
@@ -102,7 +107,7 @@ def to_text(status) -> str:
         f"  rate      {format_rate(status.rows_per_s)} rows/s and {format_rate(status.output_tokens_per_s)} tokens/s now, "
         f"{format_rate(status.rows_per_s_overall)} rows/s overall",
         f"  to go     {format_count(status.num_to_do)} rows, ETA {format_duration(status.eta_s)}",
-        f"  output    {status.output or 'not merged yet'} ({status.num_segments} segments, {status.num_bad_segments} bad)",
+        f"  output    {status.output or _unmerged(status.path)} ({counted(status.num_segments, 'segment')}, {status.num_bad_segments} bad)",
         *_writers(status.writers),
     ]
     lines += [
@@ -111,6 +116,11 @@ def to_text(status) -> str:
         if writer.straggles
     ]
     return "\n".join(lines)
+
+
+def _unmerged(path) -> str:
+    trial = Path(path) / "trial.h5"
+    return f"not merged yet; what a trial left is {trial}" if trial.exists() else "not merged yet"
 
 
 def _round(status) -> str:

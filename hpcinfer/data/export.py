@@ -6,14 +6,16 @@ import contextlib
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from hpcinfer.data.convert.sources import COMPRESSED_SUFFIXES
 from hpcinfer.data.export_inputs import NONE, InputColumns, meta_names
 from hpcinfer.data.export_tables import write_csv, write_json_lines, write_parquet
 from hpcinfer.data.generations import GenerationFile
-from hpcinfer.data.hdf5 import whole_file
+from hpcinfer.data.hdf5 import refuse_to_replace, whole_file
+from hpcinfer.data.ledger.coverage import BadSegments
 from hpcinfer.data.ledger.merge import merge_run
 from hpcinfer.data.ledger.run_directory import RunDirectory, open_existing
 from hpcinfer.data.ledger.status import read_status
@@ -87,6 +89,7 @@ def export(
     options: ExportOptions | None = None,
     *,
     overwrite: bool = False,
+    say: Callable[[str], None] = lambda text: None,
 ) -> ExportSummary:
     """Writes a row a generation, in the order of the file (openai: a line a row of the prompts).
 
@@ -95,6 +98,7 @@ def export(
         destination: the file to appear, whole or not at all; or an open binary stream.
         options: what each row holds, and the format.
         overwrite: replace an existing destination.
+        say: told what is waited for, in words.
     Raises:
         DataError: the source is not there or damaged, the prompts are not those it came from, the destination exists.
         UsageError: the options do not go together.
@@ -104,13 +108,15 @@ def export(
     options = dataclasses.replace(options, format=options.format or _SUFFIXES.get(Path(name).suffix.lower(), JSONL))
     if options.format not in FORMATS:
         raise UsageError(f"no format {options.format!r}", fix=f"use one of {', '.join(FORMATS)}")
+    if Path(name).suffix.lower() in COMPRESSED_SUFFIXES:
+        raise UsageError(f"{name} would not be compressed", fix="give DEST -, and pipe the output into gzip or zstd")
     if not name and options.format == PARQUET:
         raise UsageError("Parquet cannot be written to a stream", fix="give a file as DEST")
     with contextlib.ExitStack() as stack:
         run, path = _find(source)
         temporary_folder = os.path.dirname(name) or "." if name else None
         if options.partial and run is not None:
-            path = stack.enter_context(_merged(run, temporary_folder)) or path
+            path = stack.enter_context(_merged(run, temporary_folder, say)) or path
         elif not path.is_file():
             path = generations_path(source)
         file = stack.enter_context(_open_generations(path))
@@ -119,10 +125,13 @@ def export(
         reader = None
         if options.needs_prompts:
             reader = stack.enter_context(_prompts(run, options))
+        kept = [path, *(reader.paths if reader is not None else ()), *_files_of(run)]
+        if name:
+            refuse_to_replace(name, kept)
         out = stack.enter_context(_whole(name, overwrite)) if name else destination
         shown = (str(source if options.partial else path), name or "-")
         if options.format == OPENAI:
-            return _export_openai(file, reader, run, out, shown, options, overwrite)
+            return _export_openai(file, reader, run, out, shown, options, overwrite, kept)
         num_rows = _write(file, reader, out, options)
     return ExportSummary(*shown, num_rows, file.complete)
 
@@ -147,6 +156,11 @@ def _find(source: str | os.PathLike) -> tuple[RunDirectory | None, Path]:
     return None, path / GENERATIONS_FILE if path.is_dir() else path
 
 
+def _files_of(run: RunDirectory | None) -> list[Path]:
+    """What an export must not replace beside its source: the run, complete or not, needs them."""
+    return [] if run is None else [run.generations, run.path / RUN_FILE, run.done, run.segments]
+
+
 def generations_path(source: str | os.PathLike) -> Path:
     """The generations file that `source` stands for. Raises DataError when there is none (yet)."""
     path = Path(source)
@@ -165,7 +179,7 @@ def generations_path(source: str | os.PathLike) -> Path:
 
 
 @contextlib.contextmanager
-def _merged(run: RunDirectory, folder: str | None) -> Iterator[Path | None]:
+def _merged(run: RunDirectory, folder: str | None, say: Callable[[str], None]) -> Iterator[Path | None]:
     """A merge of what is committed so far, in a file of its own that is gone afterwards; None where the run is complete.
 
     Merging reads around segments that writers compact meanwhile, and what is exported is one state of the run.
@@ -179,7 +193,9 @@ def _merged(run: RunDirectory, folder: str | None) -> Iterator[Path | None]:
     except OSError as error:
         raise DataError(f"cannot write in {folder}", found=error.strerror or str(error), fix="give another DEST") from error
     with scratch as name:
-        yield merge_run(run, status.num_rows, Path(name) / GENERATIONS_FILE, allow_partial=True, owner="export").path
+        bad_segments = BadSegments(run, say=say)
+        path = Path(name) / GENERATIONS_FILE
+        yield merge_run(run, status.num_rows, path, allow_partial=True, bad_segments=bad_segments, owner="export").path
 
 
 def _open_generations(path: Path) -> GenerationFile:
@@ -274,6 +290,7 @@ def _export_openai(
     shown: tuple[str, str],
     options: ExportOptions,
     overwrite: bool,
+    kept: Sequence[str | os.PathLike],
 ) -> ExportSummary:
     # Here and not above: it knows the converters, which other formats do not need.
     from hpcinfer.data.export_openai import write_openai
@@ -288,6 +305,9 @@ def _export_openai(
         if shown[1] == "-":
             raise UsageError("the OpenAI layout has two files", fix="give --errors FILE beside DEST -")
         errors = str(destination.with_name(f"{destination.stem}.errors{destination.suffix or '.jsonl'}"))
+    if os.path.realpath(errors) == os.path.realpath(shown[1]):
+        raise UsageError(f"--errors {errors} is DEST too", fix="give the error file a name of its own, or leave --errors out")
+    refuse_to_replace(errors, kept)
     with _whole(errors, overwrite) as error_out:
         try:
             counts = write_openai(file, reader, run, out, error_out, model=options.model)

@@ -6,9 +6,10 @@ Inputs are opened with `locking=False`: file locks fail on DVS and on some NFS a
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import h5py
@@ -50,9 +51,10 @@ def open_input(path: str | os.PathLike) -> h5py.File:
         raise DataError(f"no such file: {path}") from error
     except READ_ERRORS as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise DataError(
-            f"cannot open {path} as HDF5", found=reason, fix="the file may be truncated, or of another format"
-        ) from error
+        fix = "the file may be truncated, or of another format"
+        if Path(path).suffix.lower() not in (".h5", ".hdf5"):
+            fix += "; `hpcinfer convert` makes a prompts file of JSON Lines, CSV, Parquet and text"
+        raise DataError(f"cannot open {path} as HDF5", found=reason, fix=fix) from error
 
 
 def read_error(error: Exception, what: str) -> DataError | ResumableError:
@@ -149,6 +151,17 @@ def missing_dataset(file: h5py.File, name: str, problem: str = "") -> DataError:
     )
 
 
+def refuse_to_replace(path: str | os.PathLike, sources: Iterable[str | os.PathLike]) -> None:
+    """Raises DataError where `path` is one of the files, or lies in one of the folders, that are still to be read."""
+    path = os.fspath(path)
+    if not os.path.exists(path):
+        return
+    for source in map(os.fspath, sources):
+        near = (os.path.dirname(path) or ".") if os.path.isdir(source) else path
+        if os.path.exists(source) and os.path.samefile(source, near):
+            raise DataError(f"{path} would replace what is read", found=f"it is of {source}", fix="give another name for the output")
+
+
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike, *, suffix: str = ".tmp") -> Iterator[Path]:
     """A temporary path beside `path`, to be created by the body; renamed to `path` when the body ends well.
@@ -176,9 +189,9 @@ def whole_file(path: str | os.PathLike, *, suffix: str = ".tmp") -> Iterator[Pat
         finally:
             os.close(folder)
     except OSError as error:
-        raise DataError(
-            f"cannot write {path}", found=error.strerror or str(error), fix="give a path in a folder that you can write to"
-        ) from error
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        fix = "free space, or give a path where there is more" if is_full else "give a path in a folder that you can write to"
+        raise DataError(f"cannot write {path}", found=error.strerror or str(error), fix=fix) from error
     finally:
         if not done:
             with contextlib.suppress(OSError):

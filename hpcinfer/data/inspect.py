@@ -19,7 +19,7 @@ from hpcinfer.data.hdf5 import READ_ERRORS, describe_shape, open_input
 from hpcinfer.data.prompts.prompt_row import PromptsReader
 from hpcinfer.data.prompts.reader import open_prompts
 from hpcinfer.errors import DataError
-from hpcinfer.units import format_bytes, format_count
+from hpcinfer.units import counted, format_bytes
 
 MOST_COLUMNS = 100
 _SHOWN_CHARACTERS = 160
@@ -175,7 +175,7 @@ def render(description: Description) -> str:
     d = description
     head = [f"{d.path}: {d.kind}" + (f" ({d.layout})" if d.layout else "")]
     if d.num_rows is not None:
-        head.append(f"{format_count(d.num_rows)} rows")
+        head.append(counted(d.num_rows, "row"))
     if d.size_bytes:
         head.append(format_bytes(d.size_bytes))
     lines = [", ".join(head)]

@@ -17,7 +17,7 @@ from hpcinfer.doctor.finding import Finding, RankPlace, absent, by_value, green,
 from hpcinfer.errors import CheckpointError, DataError, HpcinferError, ResumableError
 from hpcinfer.models.checkpoint import Checkpoint, check_tensors
 from hpcinfer.models.registry import model_class
-from hpcinfer.units import format_bytes, format_count, format_duration
+from hpcinfer.units import counted, format_bytes, format_duration
 
 SLOW_LOADING_S = 900.0
 _READ_BYTES = 32 * 2**20
@@ -109,7 +109,7 @@ def judge_model(facts: ModelFacts, files: Sequence[FileFacts]) -> list[Finding]:
 def _prompts(facts: ModelFacts) -> Finding:
     if facts.prompts_error is not None:
         return red_error("prompts", facts.prompts_error)
-    return green("prompts", f"{format_count(facts.num_rows)} rows of {facts.prompts_kind.replace('_', ' ')}")
+    return green("prompts", f"{counted(facts.num_rows, 'row')} of {facts.prompts_kind.replace('_', ' ')}")
 
 
 def _checkpoint(facts: ModelFacts, files: Sequence[FileFacts]) -> Finding:

@@ -29,6 +29,9 @@ class DrainFlag:
         """SIGTERM was among the signals: Slurm and launchers kill soon after it."""
         self.is_repeated = False
         """It was asked for again: whatever is waited for, wait no longer."""
+        self.is_interrupted = False
+        """SIGINT came. It raises KeyboardInterrupt where it finds the program, which Python drops inside of finalizers and of the import
+        system's callbacks: whoever polls raises it again."""
         self.signal_number = 0
         """The last signal that this process got; 0 before."""
         self._clock = clock
@@ -45,15 +48,21 @@ class DrainFlag:
         self.reason = self.reason or reason
 
     def install(self, signals: Iterable[int] = (signal.SIGUSR1, signal.SIGTERM)) -> None:
-        """Handle these signals from now on. Only the main thread can do it."""
+        """Handle these signals, and Ctrl-C, from now on. Only the main thread can do it."""
         for number in signals:
             self._previous[number] = signal.signal(number, self._handle)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored (nohup), or somebody else's
+            self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
 
     def uninstall(self) -> None:
         """Put back the handlers of before."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
+
+    def _interrupt(self, number: int, frame: types.FrameType | None) -> None:
+        self.is_interrupted = True
+        raise KeyboardInterrupt
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
         now = self._clock()

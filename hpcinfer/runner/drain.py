@@ -71,7 +71,9 @@ class DrainPlan:
         return max(0.0, self._cut_at - self._clock())
 
     def phase(self) -> Phase:
-        """The phase now. Cheap: it is asked for in every tick."""
+        """The phase now. Cheap: it is asked for in every tick. Raises KeyboardInterrupt where an earlier one got lost."""
+        if self._flag.is_interrupted:
+            raise KeyboardInterrupt
         now = self._clock()
         if now >= self._begins and not self._flag:
             self._flag.ask("the end of the job's time")

@@ -24,17 +24,18 @@ def example_lines(job: JobConfig, output: str, count: int) -> Iterator[str]:
         for generation in itertools.islice(firsts, count):
             row = next(reader.rows(generation.row, generation.row + 1))
             prompt = row.text if row.text is not None else row.token_ids
-            yield f"  {_short(prompt)} -> {_short(_answer(generation))}"
+            yield f"  {_short(prompt)} -> {_short(_answer(generation, has_text=row.text is not None))}"
 
 
-def _answer(generation: Generation) -> object:
+def _answer(generation: Generation, *, has_text: bool) -> object:
     if generation.status is Status.FAILED:
         return f"failed: {generation.error}"
     if generation.score is not None:
         return f"log-probability {generation.score.logprob:.4g}, perplexity {generation.score.perplexity:.4g}"
     if generation.embedding is not None:
         return f"{len(generation.embedding)} numbers: " + " ".join(f"{value:.4g}" for value in generation.embedding[:8])
-    return generation.text or generation.token_ids
+    # An empty text is an answer too (a stop text at once); without a tokenizer there are token ids alone.
+    return generation.text if has_text or generation.text else generation.token_ids
 
 
 def _short(value: object) -> str:

@@ -22,7 +22,7 @@ from hpcinfer.runner.drain import DrainPlan, Phase
 from hpcinfer.runner.feed import RowFeed
 from hpcinfer.runner.trial import RowStatistics
 from hpcinfer.scheduler.scheduler import EndedSequence
-from hpcinfer.units import format_count, format_duration
+from hpcinfer.units import counted, format_count, format_duration
 
 RATE_WINDOW_S = 120.0
 """Heartbeats tell the rates of so long."""
@@ -269,8 +269,8 @@ def check_failures(failed: int, allowed: int, failures: collections.Counter) -> 
     """Raise TooManyFailedRows when more than `allowed` rows failed; `failures` counts the reasons that are known."""
     if failed > allowed:
         raise TooManyFailedRows(
-            f"{failed} rows have failed; run.max_failed allows {allowed}",
-            found="; ".join(f"{count} times: {reason}" for reason, count in failures.most_common(3)),
+            f"{counted(failed, 'row')} failed; run.max_failed allows {allowed}",
+            found="; ".join(f"{count} x {reason}" for reason, count in failures.most_common(3)),
             fix="mend the prompts, or raise run.max_failed; the good rows are kept and the run goes on from them",
         )
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hpcinfer.units import format_count, format_duration, format_rate
+from hpcinfer.units import counted, format_count, format_duration, format_rate
 
 _SURE = 2.0
 """Standard errors on either side: about 95 % of the cases."""
@@ -120,7 +120,7 @@ def trial_lines(trial: Mapping[str, Any]) -> list[str]:
         f"{format_rate(trial['output_tokens_per_s'])} generated tokens/s; a row has {format_count(trial['prompt_tokens'])} prompt tokens "
         f"and {format_count(trial['output_tokens'])} generated ones",
         f"  estimate  {format_duration(trial['seconds'])} ({format_duration(low)} to {format_duration(high)}) for all {total} rows in this "
-        f"layout: {_hours(trial['rank_hours'])} {unit} on {format_count(trial['ranks'])} ranks; and {format_duration(trial['start_up_s'])} "
+        f"layout: {_hours(trial['rank_hours'])} {unit} on {counted(trial['ranks'], 'rank')}; and {format_duration(trial['start_up_s'])} "
         "at each start",
     ]
     if not trial["is_full"]:

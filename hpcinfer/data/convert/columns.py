@@ -113,6 +113,8 @@ class ColumnMapper:
 
     def _value(self, name: str, values: Mapping[str, Any]) -> Any:
         value = values.get(name)
+        if value is None and name in values:
+            raise DataError(f"column {name!r} is null")
         if value is None:
             raise DataError(f"no column {name!r}; the line has {schema.shorten(sorted(values))}")
         return value

@@ -11,6 +11,7 @@ from hpcinfer.data.convert.columns import ColumnMapper, raw_text
 from hpcinfer.data.convert.sources import bounded_lines
 from hpcinfer.data.prompts import schema
 from hpcinfer.errors import ConfigError, DataError, UsageError
+from hpcinfer.units import counted
 
 _FIELD_LIMIT = 2**31 - 1
 _Line = tuple[int, bytes | None]
@@ -43,7 +44,7 @@ class Csv(Converter):
                 header = self._header(source, fields, reason)
                 continue
             if not reason and len(fields) != len(header):
-                reason = f"{len(fields)} fields where the header has {len(header)}"
+                reason = f"{counted(len(fields), 'field')} where the header has {len(header)}"
             if reason:
                 yield Reject(number, reason, raw)
                 continue

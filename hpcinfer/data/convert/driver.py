@@ -16,12 +16,13 @@ from hpcinfer.data.convert.base import Converter, ConvertOptions, Record, Reject
 from hpcinfer.data.convert.order import ORDERS, Sorter
 from hpcinfer.data.convert.sources import unchanged
 from hpcinfer.data.convert.tokenised import tokenised
-from hpcinfer.data.hdf5 import whole_file
+from hpcinfer.data.hdf5 import refuse_to_replace, whole_file
 from hpcinfer.data.prompts import schema
 from hpcinfer.data.prompts.packed import MAX_ROW_BYTES
 from hpcinfer.data.prompts.prompts_writer import PromptsWriter
 from hpcinfer.data.tokenize import Tokenizer
 from hpcinfer.errors import DataError, RowError, UsageError
+from hpcinfer.units import counted
 
 _ROWS_A_REPORT = 10_000
 
@@ -85,11 +86,15 @@ def convert(
     """
     options = options or ConvertOptions()
     destination = os.fspath(destination)
+    if destination == "-":
+        raise UsageError("HDF5 cannot be written to a stream", fix="give a file as DEST.h5; ./- is one of that name")
     files = _expand(sources)
     if os.path.isdir(destination):
         raise DataError(f"{destination} is a folder", fix="name the file to write")
     if os.path.exists(destination) and not overwrite:
         raise DataError(f"{destination} exists", fix="give another name, or --overwrite")
+    refuse_to_replace(destination, files)
+    refuse_to_replace(reject_path(destination), [file for file in files if not os.path.isdir(file)])
     if sort and sort not in ORDERS:
         raise UsageError(f"no order {sort!r}", fix=f"sort by one of {', '.join(ORDERS)}")
     # Every source is looked at before a byte is written. Files of one format share a converter, which knows all their ids.
@@ -181,7 +186,8 @@ class _Output:
         except DataError as error:
             if self._writer.is_broken:
                 raise
-            self._reject(source, record, schema.one_line(error))
+            # The writer speaks of rows of the prompts file, which nobody will find there.
+            self._reject(source, record, f"the row cannot be stored: {error.found}" if error.found else schema.one_line(error))
         else:
             self._summary.num_rows += 1
 
@@ -203,13 +209,16 @@ def _expand(sources: Sequence[str | os.PathLike]) -> list[str]:
         else:
             matches = sorted(glob.glob(source, recursive=True))
             if not matches:
-                raise DataError(f"no such file: {source}")
+                fix = "name /dev/stdin, and give --format" if source == "-" else "give the path of a file, or a glob that has matches"
+                raise DataError(f"no such file: {source}", fix=fix)
             files += matches
     return files
 
 
 def _check_counts(summary: ConvertSummary, max_rejected: Callable[[int], int] | None) -> None:
     if not summary.num_rows:
+        if not summary.num_rejected:
+            raise DataError("there is no good prompt in the source", found="it is empty", fix="give a file that has rows")
         found = f"{summary.num_rejected} rejected"
         if summary.first_rejects:
             found += f"; the first: {summary.first_rejects[0]}"
@@ -219,7 +228,7 @@ def _check_counts(summary: ConvertSummary, max_rejected: Callable[[int], int] | 
     allowed = None if max_rejected is None else max_rejected(summary.num_rows + summary.num_rejected)
     if allowed is not None and summary.num_rejected > allowed:
         raise DataError(
-            f"{summary.num_rejected} lines rejected, {allowed} allowed", fix=f"see {summary.destination}.rejected.jsonl"
+            f"{counted(summary.num_rejected, 'line')} rejected, {allowed} allowed", fix=f"see {summary.destination}.rejected.jsonl"
         )
 
 
@@ -265,8 +274,11 @@ class _RejectFile:
 
     def __enter__(self) -> _RejectFile:
         # One from an earlier conversion would be taken for this one's.
-        with contextlib.suppress(FileNotFoundError):
-            Path(self._path).unlink()
+        try:
+            Path(self._path).unlink(missing_ok=True)
+        except OSError as error:
+            fix = "give a DEST in a folder that you can write to"
+            raise DataError(f"cannot write {self._path}", found=error.strerror or str(error), fix=fix) from error
         return self
 
     def __exit__(self, *_: object) -> None:

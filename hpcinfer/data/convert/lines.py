@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +19,17 @@ from hpcinfer.errors import ConfigError, DataError
 def _refuse_constant(text: str) -> None:
     raise ValueError(f"{text} is not JSON")
 
+
+def refuse_array(source: str, line: bytes) -> None:
+    """Raises DataError where the first line of a file begins an array of objects: it is one JSON value, no line of which is a row."""
+    if _ARRAY.match(line):
+        raise DataError(
+            f"{source} is a JSON array, not JSON Lines", found=f"it begins with {raw_text(line[:20])!r}",
+            fix=f"write one object a line: jq -c '.[]' {shlex.quote(source)} > NAME.jsonl",
+        )
+
+
+_ARRAY = re.compile(rb"\s*\[\s*(\{|$)")
 
 # json.loads with options would build a new decoder for each line.
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
@@ -48,7 +61,11 @@ class JsonLines(Converter):
 
     def records(self, source: str) -> Iterator[Record | Reject]:
         """Yields a Record or a Reject a line."""
+        is_first = True
         for number, line in bounded_lines(source, self.options.max_line_bytes):
+            if is_first and line and not line.isspace():
+                is_first = False
+                refuse_array(source, line)
             if line is None:
                 yield Reject(number, f"the line is longer than {self.options.max_line_bytes} bytes")
             elif line and not line.isspace():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import decimal
 from collections.abc import Iterator
@@ -105,7 +106,11 @@ def _dicts(batch: Any) -> Iterator[dict[str, Any] | Exception]:
 
 
 def plain(value: Any) -> Any:
-    """A value of a table as JSON has it: dates as ISO 8601, decimals as text."""
+    """A value of a table as JSON has it: dates as ISO 8601, decimals as text, binary values as the UTF-8 text that they hold (many
+    writers do not mark their strings as such)."""
+    if isinstance(value, bytes):
+        with contextlib.suppress(UnicodeDecodeError):
+            return value.decode()
     if isinstance(value, dict):
         return {name: plain(one) for name, one in value.items()}
     if isinstance(value, list):

@@ -9,6 +9,7 @@ import io
 import lzma
 import os
 import re
+import shlex
 import stat
 import zlib
 from collections.abc import Iterator
@@ -81,6 +82,10 @@ def bounded_lines(source: str, most: int) -> Iterator[tuple[int, bytes | None]]:
                 number += 1
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
+                    if line.startswith((b"\xff\xfe", b"\xfe\xff")):
+                        raise DataError(
+                            f"{source} is UTF-16, not UTF-8", fix=f"iconv -f UTF-16 -t UTF-8 {shlex.quote(source)} > NAME, and convert that"
+                        )
                 content = line.removesuffix(b"\n").removesuffix(b"\r")
                 if len(content) > most:
                     while line and not line.endswith(b"\n"):

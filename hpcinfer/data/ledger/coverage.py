@@ -66,15 +66,17 @@ def mark_bad(run: RunDirectory, name: str, reason: str) -> None:
 class BadSegments:
     """Decides when a segment that cannot be read is bad: after it failed for `after_s`, for a parallel file system
     may show a file before its content. Troubles of the reader itself (too few file handles, no permission) never
-    count.
+    count. `say` is told, in words, of each that is waited for.
     """
 
     def __init__(
-        self, run: RunDirectory, *, after_s: float = BAD_AFTER_S, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+        self, run: RunDirectory, *, after_s: float = BAD_AFTER_S, clock: Callable[[], float] = time.monotonic,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:  # fmt: skip
         self._run = run
         self._after_s = after_s
         self._clock = clock
+        self._say = say
         self._first_failure: dict[str, float] = {}
         self.num_marked = 0
         """Markers set by this reader."""
@@ -93,6 +95,8 @@ class BadSegments:
         if isinstance(error, OSError) and error.errno not in _FILE_ERRNOS:
             raise error
         now = self._clock()
+        if name not in self._first_failure:
+            self._say(f"{name} cannot be read: it is tried for {self._after_s:.0f} s, and its rows are missing after that")
         if now - self._first_failure.setdefault(name, now) < self._after_s:
             return False
         mark_bad(self._run, name, str(error))

@@ -99,6 +99,8 @@ def merge_run(
     bad_segments = bad_segments or BadSegments(run)
     if destination is not None and final.exists():
         raise DataError(f"{final} exists", fix="remove it, or give another name")
+    if not final.parent.is_dir():
+        raise DataError(f"cannot write {final}", found=f"no folder {final.parent}", fix="make the folder, or give another name")
     try:
         while True:
             try:
@@ -373,5 +375,5 @@ def _incomplete(run: RunDirectory, plan: _Plan) -> IncompleteRunError:
         f"the run in {run.path} is not complete",
         found=f"{num_ok} ok, {coverage.num_failed} failed, {coverage.num_partial} partial, "
         f"{coverage.num_missing - coverage.num_partial} missing of {coverage.num_keys} (row, sample) pairs{bad}",
-        fix="run the same job again to finish it, or merge what is there with --allow-partial",
+        fix="run the same job again to finish it, or merge what is there: hpcinfer merge RUN_DIR OUT.h5 --partial",
     )

@@ -20,6 +20,7 @@ from hpcinfer.cli import main as cli
 from hpcinfer.cli.convert import parse_share
 from hpcinfer.data.convert.base import ConvertOptions
 from hpcinfer.data.generations import encode_generations
+from hpcinfer.data.prompts.reader import open_prompts
 from hpcinfer.errors import ExitCode, ResumableError, UsageError
 from hpcinfer.request import Generation, Status
 
@@ -171,7 +172,7 @@ def test_convert_inspect_export(tmp_path, jsonl, capsys):
 
 def test_too_many_rejects_fail(tmp_path, jsonl, capsys):
     assert cli.main(["convert", str(jsonl), str(tmp_path / "p.h5"), "--max-rejected", "0"]) == 1
-    assert "1 lines rejected, 0 allowed" in capsys.readouterr().err
+    assert "1 line rejected, 0 allowed" in capsys.readouterr().err
 
 
 def test_export_to_a_pipe_that_closes(tmp_path):
@@ -241,3 +242,38 @@ def test_no_file_is_one_message(tmp_path):
         result = hpcinfer_command(*arguments, cwd=tmp_path)
         assert result.returncode == 1
         assert "no such file" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("closed", [(1,), (0, 1, 2)])
+def test_closed_streams(jsonl, tmp_path, closed):
+    """No traceback, and no file is written into that took a stream's number."""
+    out = tmp_path / "out.h5"
+    code = f"import os, sys; [os.close(n) for n in {closed}]; os.execv(sys.executable, [sys.executable, '-m', 'hpcinfer', *sys.argv[1:]])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "convert", jsonl, out], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    with open_prompts(out) as reader:
+        assert [row.text for row in reader.rows()] == ["one", "two"]
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "x", "1.5"])
+def test_a_trial_of_no_rows_is_not_a_run_of_all(limit, capsys):
+    assert cli.main(["run", "nosuch.toml", "--limit", limit]) == ExitCode.USAGE
+    assert "not a number of rows" in capsys.readouterr().err
+    assert cli.main(["run", "nosuch.toml", "--limit", "5"]) == ExitCode.USAGE
+    assert "cannot read the job file" in capsys.readouterr().err
+
+
+def test_counts_of_one(jsonl, tmp_path, capsys):
+    jsonl.write_text('{"prompt": "one"}\n')
+    assert cli.main(["convert", str(jsonl), str(tmp_path / "out.h5")]) == 0
+    assert cli.main(["inspect", str(tmp_path / "out.h5")]) == 0
+    shown = capsys.readouterr().out
+    assert "1 row of text" in shown and ", 1 row, " in shown
+
+
+def test_what_is_no_hdf5_can_be_converted(jsonl, capsys):
+    assert cli.main(["inspect", str(jsonl)]) == 1
+    assert "hpcinfer convert" in capsys.readouterr().err

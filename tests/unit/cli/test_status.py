@@ -99,3 +99,15 @@ def test_a_complete_run(run, capsys):
     assert main(["status", str(run.path), "--watch"]) == 0
     assert "50/50 rows" in capsys.readouterr().out
     assert not math.isinf(read_status(run).eta_s)
+
+
+@pytest.mark.parametrize("every", ["nan", "inf", "-1", "0"])
+def test_times_between_looks_that_cannot_be(tmp_path, every, capsys):
+    assert main(["status", str(tmp_path), "--watch", "--every", every]) == 2
+    assert "0.1 to 86400 seconds" in capsys.readouterr().err
+
+
+def test_what_a_trial_left_is_named(run):
+    assert "trial.h5" not in to_text(read_status(run))
+    run.trial.write_bytes(b"")
+    assert f"what a trial left is {run.trial}" in to_text(read_status(run))

@@ -78,7 +78,7 @@ BAD_LINES = [
     ("[1]", "not a JSON object"),
     ("3", "not a JSON object"),
     ('{"text": "x"}', "no column 'prompt'"),
-    ('{"prompt": null}', "no column 'prompt'"),
+    ('{"prompt": null}', "column 'prompt' is null"),
     ('{"prompt": ""}', "empty"),
     ('{"prompt": 7}', "neither text nor"),
     ('{"prompt": {"a": 1}}', "neither text nor"),
@@ -381,3 +381,54 @@ def test_memory_is_flat_on_one_line_of_100_mb(tmp_path):
     measured = _measured(source, tmp_path / "out.h5")
     assert (measured["rows"], measured["rejected"]) == (2, 1)
     assert measured["growth_mib"] < 250
+
+
+def test_a_conversion_never_replaces_what_it_reads(tmp_path):
+    line = '{"prompt": "one"}\n'
+    for name, destination in (("in.jsonl", "in.jsonl"), ("out.h5.rejected.jsonl", "out.h5")):
+        (tmp_path / name).write_text(line)
+        with pytest.raises(DataError, match="would replace what is read"):
+            convert([tmp_path / name], tmp_path / destination, overwrite=True)
+        assert (tmp_path / name).read_text() == line
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    convert([tmp_path / "in.jsonl"], shards / "part.h5")
+    before = (shards / "part.h5").read_bytes()
+    with pytest.raises(DataError, match="would replace what is read"):
+        convert([shards], shards / "part.h5", overwrite=True)
+    assert (shards / "part.h5").read_bytes() == before
+
+
+@pytest.mark.parametrize(("content", "problem"), [
+    ('[\n {"prompt": "a"},\n {"prompt": "b"}\n]\n', "is a JSON array"),
+    ('\n[{"prompt": "a"}, {"prompt": "b"}]', "is a JSON array"),
+    ('{"prompt": "a"}\n'.encode("utf-16"), "is UTF-16"),
+    ("", "no good prompt in the source\n  found: it is empty"),
+])  # fmt: skip
+def test_whole_files_of_another_kind(tmp_path, content, problem):
+    """None of them loses some rows and keeps others."""
+    with pytest.raises(DataError, match=problem):
+        run(tmp_path, content)
+    assert not (tmp_path / "out.h5").exists()
+
+
+def test_an_array_among_lines_is_one_bad_line(tmp_path):
+    summary, rows, _ = run(tmp_path, '[1]\n{"prompt": "a"}\n[{"prompt": "b"}]\n{"prompt": "\\ud800"}')
+    assert [row.text for row in rows] == ["a"] and summary.num_rejected == 3
+    assert "the row cannot be stored: 'utf-8'" in rejects(tmp_path)[-1]["reason"]
+
+
+def test_where_the_reject_file_cannot_be(tmp_path):
+    (tmp_path / "out.h5.rejected.jsonl").mkdir()
+    with pytest.raises(DataError, match="cannot write .*rejected.jsonl"):
+        run(tmp_path, '{"prompt": "a"}')
+
+
+def test_streams_have_other_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}')
+    with pytest.raises(UsageError, match="to a stream"):
+        convert(["in.jsonl"], "-")
+    with pytest.raises(DataError, match="/dev/stdin"):
+        convert(["-"], "out.h5", format="jsonl")
+    assert os.listdir(tmp_path) == ["in.jsonl"]

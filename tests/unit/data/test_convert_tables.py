@@ -434,3 +434,11 @@ def test_any_parquet_gives_rows_or_our_errors(tmp_path_factory, columns, flips):
         run(source, meta_columns="all")
     except HpcinferError as error:
         assert str(error)
+
+
+def test_binary_values_are_the_text_that_they_hold(tmp_path):
+    table = pa.table({"prompt": pa.array(["one \u00fc".encode(), b"\xff", b"two"], pa.binary()), "note": [b"x", b"y", b"z"]})
+    pq.write_table(table, tmp_path / "in.parquet")
+    rows, _, rejects = run(tmp_path / "in.parquet", meta_columns="note")
+    assert texts(rows) == ["one \u00fc", "two"] and [entry["row"] for entry in rejects] == [1]
+    assert meta_of(tmp_path / "out.h5", "note") == ["x", "z"]

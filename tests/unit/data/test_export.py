@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import io
 import json
 import os
@@ -10,11 +12,11 @@ import stat
 import numpy as np
 import pytest
 
-from hpcinfer.data.export import ExportOptions, export_jsonl
+from hpcinfer.data.export import ExportOptions, export, export_jsonl
 from hpcinfer.data.generations import encode_generations
 from hpcinfer.data.hdf5 import whole_file
 from hpcinfer.data.prompts.prompts_writer import PromptsWriter
-from hpcinfer.errors import DataError
+from hpcinfer.errors import DataError, UsageError
 from hpcinfer.request import FinishReason, Generation, Status
 
 GENERATIONS = [
@@ -124,3 +126,33 @@ def test_what_is_not_a_plain_file_is_not_replaced(tmp_path):
         with pytest.raises(DataError, match="not a plain file"), whole_file(path):
             raise AssertionError("nothing may be written")
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_an_export_never_replaces_what_it_reads(source, tmp_path):
+    before = source.read_bytes()
+    (tmp_path / "link").symlink_to(source)
+    prompts = _prompts(tmp_path / "prompts.h5")
+    for name in ("generations.h5", "link", "prompts.h5"):
+        with pytest.raises(DataError, match="would replace what is read"):
+            export_jsonl(source, tmp_path / name, ExportOptions(prompts=str(prompts)), overwrite=True)
+    assert source.read_bytes() == before
+
+
+def test_the_two_files_of_an_openai_export_are_two(source, tmp_path):
+    options = ExportOptions(format="openai", prompts=str(_prompts(tmp_path / "prompts.h5")), errors=str(tmp_path / "out.jsonl"))
+    with pytest.raises(UsageError, match="is DEST too"):
+        export(source, tmp_path / "out.jsonl", options)
+    with pytest.raises(DataError, match="would replace what is read"):
+        export(source, tmp_path / "out.jsonl", dataclasses.replace(options, errors=str(source)), overwrite=True)
+
+
+def test_a_full_disk_asks_for_space(tmp_path):
+    with pytest.raises(DataError, match="free space"), whole_file(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("name", ["out.csv.gz", "out.jsonl.zst"])
+def test_a_compressed_name_is_no_format(source, tmp_path, name):
+    with pytest.raises(UsageError, match="would not be compressed"):
+        export(source, tmp_path / name)
+    assert not (tmp_path / name).exists()

@@ -85,6 +85,8 @@ def test_incomplete_runs_are_refused_with_the_counts(tmp_path: Path) -> None:
     assert run.read_done() is None
     with pytest.raises(DataError, match="exists"):
         merge_run(run, 30, tmp_path / "out.h5", allow_partial=True)
+    with pytest.raises(DataError, match="no folder .*nowhere"):
+        merge_run(run, 30, tmp_path / "nowhere" / "out.h5", allow_partial=True)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "foreign"])
@@ -99,7 +101,8 @@ def test_a_damaged_segment_is_marked_and_left_out(tmp_path: Path, damage: str) -
         {"cut": image[:-50], "flip": image, "foreign": encode_generations([stub_generation(0)], "another run")}[damage]
     )
     now = [0.0]
-    bad = BadSegments(run, after_s=60, clock=lambda: now[0])
+    said = []
+    bad = BadSegments(run, after_s=60, clock=lambda: now[0], say=said.append)
 
     def sleep(seconds: float) -> None:
         now[0] += seconds
@@ -107,6 +110,7 @@ def test_a_damaged_segment_is_marked_and_left_out(tmp_path: Path, damage: str) -
     with pytest.raises(IncompleteRunError, match="25 missing of 100.*1 damaged"):
         merge_run(run, 100, bad_segments=bad, sleep=sleep)
     assert 60 <= now[0] < 70
+    assert said == [f"{victim.name} cannot be read: it is tried for 60 s, and its rows are missing after that"]
     assert victim.exists() and (run.segments / f"{victim.name}.bad").read_text()
 
 

@@ -114,3 +114,28 @@ def test_a_real_signal_counts(clock):
     finally:
         flag.uninstall()
     assert plan.phase() is Phase.DRAIN and plan.reason == "SIGTERM"
+
+
+def test_an_interrupt_that_got_lost_is_raised_again(clock):
+    plan, flag = make(clock)
+    flag.install()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            plan.phase()
+    finally:
+        flag.uninstall()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_ignored_interrupt_stays_ignored(clock):
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as under nohup
+    plan, flag = make(clock)
+    flag.install()
+    try:
+        signal.raise_signal(signal.SIGINT)
+        assert plan.phase() is Phase.RUN
+    finally:
+        flag.uninstall()
+        signal.signal(signal.SIGINT, previous)
