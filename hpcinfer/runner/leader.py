@@ -16,12 +16,13 @@ from hpcinfer.data.ledger.liveness import Liveness
 from hpcinfer.data.ledger.merge import IncompleteRunError, claim_merge, merge_run, remove_leftovers
 from hpcinfer.data.prompts.prompt_row import PromptsReader
 from hpcinfer.data.ledger.rounds import WriterRounds
-from hpcinfer.data.ledger.run_directory import RunDirectory
+from hpcinfer.data.ledger.run_directory import RunDirectory, storage_errors
 from hpcinfer.data.ledger.selection import select_rows
 from hpcinfer.data.ledger.segments import SegmentPolicy, SegmentWriter, segment_limit
 from hpcinfer.data.stop_text import StopTexts
 from hpcinfer.data.ledger.writers import Leaving, Writer, WriterIdentity, register_writer, writer_ids
 from hpcinfer.engine.replica import Replica
+from hpcinfer.errors import ResumableError, RunDirectoryError
 from hpcinfer.launch.env import LaunchEnvironment
 from hpcinfer.launch.signals import DrainFlag
 from hpcinfer.observe.metrics import PhaseClock
@@ -130,7 +131,8 @@ def _loop(
     recorder: Recorder | None,
 ) -> ReplicaLoop:
     ledger = Ledger(run, writer.id, liveness, coverage, retry_s=job.run.retry_s)
-    num_writers = len(writer_ids(run))
+    with storage_errors(run.path):
+        num_writers = len(writer_ids(run))
     tokenizer = job_tokenizer(job)
     replica.stop_texts = StopTexts(tokenizer) if tokenizer else None
     feed = RowFeed(
@@ -178,7 +180,7 @@ def _merge_when_complete(
                 if rounds.newest() <= coverage.retry_round:
                     raise
                 return
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(RunDirectoryError, ResumableError):
                 remove_leftovers(run, liveness)  # temporary files of writers that were killed
         else:
             writer.step_finished()

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 
-from hpcinfer.data.ledger.run_directory import RunDirectory
+from hpcinfer.data.ledger.run_directory import RunDirectory, storage_errors
 from hpcinfer.data.ledger.writers import read_heartbeat, writer_ids
 from hpcinfer.models.weights import LoadFigures
 from hpcinfer.observe.progress import ProgressBar, ProgressPoint
@@ -139,8 +139,9 @@ class RunProgress:
 
 
 def earlier_writers(run: RunDirectory) -> dict[str, dict]:
-    """The heartbeats of all writers that are there now: writer id -> figures."""
-    return {writer_id: read_heartbeat(run, writer_id) for writer_id in writer_ids(run)}
+    """The heartbeats of all writers that are there now: writer id -> figures. Raises RunDirectoryError, ResumableError."""
+    with storage_errors(run.path):
+        return {writer_id: read_heartbeat(run, writer_id) for writer_id in writer_ids(run)}
 
 
 def _gigabytes(num_bytes: float) -> str:

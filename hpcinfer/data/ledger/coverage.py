@@ -16,9 +16,9 @@ from hpcinfer.data.ledger.commit import create_new
 from hpcinfer.data.generation_table import GenerationTable
 from hpcinfer.data.generations import GenerationFile
 from hpcinfer.data.ledger.rounds import WriterRounds
-from hpcinfer.data.ledger.run_directory import RunDirectory
+from hpcinfer.data.ledger.run_directory import RunDirectory, storage_errors
 from hpcinfer.data.ledger.selection import RowSelection
-from hpcinfer.errors import DataError
+from hpcinfer.errors import DataError, ResumableError, RunDirectoryError
 from hpcinfer.request import Generation, Status
 
 BAD_SUFFIX = ".bad"
@@ -134,7 +134,8 @@ class Coverage:
     ) -> None:
         """`num_rows`: rows of the input now; rows beyond it (of a writer that sees a longer input) are passed over.
         `selection`: the rows that are wanted, by default all; others count as done. `retry_round`: failed rows of
-        earlier rounds count as missing; by default the newest round that there is now. Raises OSError.
+        earlier rounds count as missing; by default the newest round that there is now. Raises RunDirectoryError, ResumableError
+        where that cannot be read.
         """
         self._run = run
         self.num_rows = num_rows
@@ -232,8 +233,12 @@ class Coverage:
 
     def refresh(self) -> None:
         """Reads the segments that are new since the last call; starts anew where one was found to be bad. Raises
-        OSError.
+        RunDirectoryError, ResumableError.
         """
+        with storage_errors(self._run.path):
+            self._refresh()
+
+    def _refresh(self) -> None:
         names, bad = list_segments(self._run)
         if bad & self._known:
             self._reset()
@@ -283,7 +288,7 @@ class Coverage:
                 with GenerationFile(self._run.segments / partial.segment) as file:
                     return next(file.table(partial.index, partial.index + 1).generations())
             except FileNotFoundError:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(RunDirectoryError, ResumableError):
                     self.refresh()
             except (DataError, OSError):
                 # Lost tokens are drawn again; the segment is judged when it is merged.

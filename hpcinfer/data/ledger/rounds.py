@@ -24,18 +24,21 @@ class WriterRounds:
         self._known: dict[str, int] = {}
 
     def of(self, writer_id: str) -> int:
-        """The round of a writer; 0 where nothing says it. Raises OSError."""
+        """The round of a writer; 0 where nothing says it. Raises RunDirectoryError, ResumableError."""
         known = self._known.get(writer_id)
         if known is None:
-            identity = read_identity(self._run, writer_id)
+            with storage_errors(self._run.path):
+                identity = read_identity(self._run, writer_id)
             known = 0 if identity is None else identity.retry_round
             if identity is not None:  # a file that is not whole yet is read again
                 self._known[writer_id] = known
         return known
 
     def newest(self) -> int:
-        """The highest round of any writer that is there now. Raises OSError."""
-        return max(map(self.of, writer_ids(self._run)), default=0)
+        """The highest round of any writer that is there now. Raises RunDirectoryError, ResumableError."""
+        with storage_errors(self._run.path):
+            ids = writer_ids(self._run)
+        return max(map(self.of, ids), default=0)
 
 
 def choose_round(
