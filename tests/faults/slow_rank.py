@@ -9,10 +9,15 @@ import sys
 import time
 
 from hpcinfer.cli.main import main
-from hpcinfer.pipeline.runner import StageRunner
+from hpcinfer.comm.mpi_library import load_mpi
+from hpcinfer.launch.env import LaunchEnvironment
 
 
 def plant(seconds: float) -> None:
+    if LaunchEnvironment.from_environ().launcher != "none":
+        load_mpi()  # before torch, as `hpcinfer run` does: slurm/README.md says why
+    from hpcinfer.pipeline.runner import StageRunner
+
     sound = StageRunner.run
 
     def run(self, prepared, **settings):

@@ -22,6 +22,8 @@ TWO_BY_TWO = ("--nodes=2", "--ntasks=4", "--ntasks-per-node=2")
 WITHIN_S = 10.0
 """Whatever is wrong is said, and the launch over, by then."""
 NO_MPI = {"MPI4PY_LIBMPI": "/nonexistent/libmpi.so"}
+SHORT_ADDRESSES = {"MPIR_CVAR_CH4_NETMOD": "ofi"}
+"""slurm/README.md says what for: programs that load much before MPI."""
 WITHOUT_MPI_ON_THE_LAST_NODE = ("bash", "-c", f'(( SLURM_NODEID == 0 )) || export {"=".join(*NO_MPI.items())}; exec "$@"', "rank")
 
 
@@ -71,9 +73,10 @@ def launch(
     return Launch(result.returncode, result.stdout, result.stderr, time.monotonic() - began, time.time())
 
 
-def launch_ranks(cluster: Cluster, folder: Path, *arguments: str, options: Sequence[str] = TWO_BY_TWO, **more) -> Launch:
-    """Ranks of `launch_rank`."""
-    return launch(cluster, folder, sys.executable, "-m", "tests.slurm.launch_rank", *arguments, options=options, **more)
+def launch_ranks(cluster: Cluster, folder: Path, *arguments: str, options: Sequence[str] = TWO_BY_TWO) -> Launch:
+    """Ranks of `launch_rank`, which have loaded much before MPI: see SHORT_ADDRESSES."""
+    command = [sys.executable, "-m", "tests.slurm.launch_rank", *arguments]
+    return launch(cluster, folder, *command, options=options, env=SHORT_ADDRESSES)
 
 
 def job_command(python: object = sys.executable) -> list[str]:
