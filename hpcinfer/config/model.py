@@ -240,7 +240,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"no {path.name} in {str(path.parent)!r}", fix="give a Hugging Face folder") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path}", found=str(error)) from None
     if not isinstance(content, dict):
         raise CheckpointError(f"cannot read {path}", found=f"a JSON {type(content).__name__}, not an object")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcinfer.data.prompts.schema import shorten
+from hpcinfer.data.tokenizer_config import read_tokenizer_config, token_text
 from hpcinfer.errors import CheckpointError, DataError
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -38,7 +39,7 @@ class ChatTemplate:
 
     def __init__(self, model_path: str | os.PathLike) -> None:
         folder = Path(model_path)
-        config = _read_json(folder / "tokenizer_config.json")
+        config = read_tokenizer_config(folder)
         sources = _sources(folder, config)
         if not sources:
             raise CheckpointError(
@@ -54,7 +55,7 @@ class ChatTemplate:
             except Exception as error:  # a template is code: whatever compiling it raises, it is the folder's fault
                 raise CheckpointError(f"the chat template {name!r} of {folder} is not usable", found=str(error)) from error
         self._special = {
-            name: content for name in _SPECIAL_TOKENS if (content := _token_text(config.get(name))) is not None
+            name: content for name in _SPECIAL_TOKENS if (content := token_text(config.get(name))) is not None
         }
 
     def render(
@@ -226,21 +227,3 @@ def _cut(text: str, begun: str) -> str:
     if place < 0 or begun.strip() not in text:
         raise DataError("the chat template does not keep the last message as it is, so that it cannot be continued")
     return text[:place] if text.startswith(_SPACE, place + len(_CUT)) else text[:place].rstrip()
-
-
-def _token_text(entry: Any) -> str | None:
-    if isinstance(entry, Mapping):
-        entry = entry.get("content")
-    return entry if isinstance(entry, str) else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read", found=str(error)) from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return config

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from hpcinfer.data.tokenizer_config import read_tokenizer_config, token_text
 from hpcinfer.errors import CheckpointError, RowError
 
 _SPECIAL_KEYS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -48,7 +49,7 @@ class Tokenizer:
                 f"{model_path} has no tokenizer.json",
                 fix="prompts must then be token ids (int32), and generations carry no text",
             )
-        self.config = _read_config(Path(model_path) / "tokenizer_config.json")
+        self.config = read_tokenizer_config(Path(model_path))
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
         except Exception as error:  # the library raises bare Exception, nothing narrower
@@ -86,7 +87,7 @@ class Tokenizer:
 
     def special_token_id(self, name: str) -> int | None:
         """The id of a named special token of tokenizer_config.json, such as "bos_token" or "eos_token"; or None."""
-        content = _content(self.config.get(name))
+        content = token_text(self.config.get(name))
         return None if content is None else self.token_id(content)
 
     def encode(self, text: str) -> np.ndarray:
@@ -182,27 +183,8 @@ def _special_entries(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     for key in _EXTRA_SPECIAL_KEYS:
         more = config.get(key)
         entries += more if isinstance(more, list) else list(more.values()) if isinstance(more, dict) else []
-    named = ((_content(entry), entry if isinstance(entry, dict) else {}) for entry in entries)
+    named = ((token_text(entry), entry if isinstance(entry, dict) else {}) for entry in entries)
     return {content: flags for content, flags in named if content}
-
-
-def _content(entry: Any) -> str | None:
-    """The text of a special token, which is a string or a dict with "content"."""
-    if isinstance(entry, dict):
-        entry = entry.get("content")
-    return entry if isinstance(entry, str) else None
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read", found=str(error)) from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return config
 
 
 def _clean_up(text: str) -> str:
