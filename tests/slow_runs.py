@@ -82,3 +82,12 @@ class Start:
 
 def has_committed(rows: int):
     return lambda status: status.num_done >= rows
+
+
+def cut_rows_short(output: Path, settings: Sequence[str], *, after: int) -> None:
+    """A start of two slow ranks, told to drain after so many rows, which leaves partial rows behind."""
+    with Start(output, 2, [*settings, *SLOW, "run.drain_s=0.1"]) as start:
+        start.wait_for(has_committed(after))
+        start.signal(1)
+        assert start.wait() == 3, start.text
+    assert read_status(output, exact=True).num_partial > 0

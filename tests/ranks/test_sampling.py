@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from hpcinfer.data.ledger.status import read_status
 from hpcinfer.data.prompts.prompts_writer import PromptsWriter
 from hpcinfer.request import FinishReason
 from tests.runs import LAYOUTS, assert_same, read_outputs, run_demo
-from tests.slow_runs import SLOW, Start, has_committed
+from tests.slow_runs import cut_rows_short
 
 NUM_ROWS = 48
 KINDS = (
@@ -59,10 +58,6 @@ def test_the_same_text_in_every_layout(layout, tmp_path, job, undisturbed):
 )
 def test_rows_that_are_cut_short_go_on_to_the_same_text(first, then, tmp_path, job, undisturbed):
     output = tmp_path / "run"
-    with Start(output, 2, [*job, *LAYOUTS_HERE[first], *SLOW, "run.drain_s=0"]) as start:
-        start.wait_for(has_committed(8))
-        start.signal(1)
-        assert start.wait() == 3, start.text
-    assert read_status(output, exact=True).num_partial > 0
+    cut_rows_short(output, [*job, *LAYOUTS_HERE[first]], after=8)
     run_demo(output, [*job, *LAYOUTS_HERE[then]])
     assert_same(read_outputs(output), undisturbed)

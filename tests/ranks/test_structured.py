@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 
 from hpcinfer.data.generations import GenerationFile
-from hpcinfer.data.ledger.status import read_status
 from hpcinfer.data.prompts.prompts_writer import PromptsWriter
 from hpcinfer.request import FinishReason, Generation, Status
 from tests.runs import LAYOUTS, assert_same, read_outputs, run_demo
-from tests.slow_runs import SLOW, Start, has_committed
+from tests.slow_runs import cut_rows_short
 from tests.unit.sampling.test_grammar import PERSON, is_person
 
 RULES: tuple[tuple[dict, Callable[[str], bool]], ...] = (
@@ -86,11 +85,7 @@ def test_a_row_that_a_drain_cut_short_goes_on_inside_its_structure(first, then, 
     job = write_job(tmp_path, [LONG[row % len(LONG)] for row in range(NUM_LONG_ROWS)])
     run_demo(tmp_path / "undisturbed", [*job, *LAYOUTS["tp1"]])
     output = tmp_path / "run"
-    with Start(output, 2, [*job, *LAYOUTS[first], *SLOW, "run.drain_s=0.1"]) as start:
-        start.wait_for(has_committed(4))
-        start.signal(1)
-        assert start.wait() == 3, start.text
-    assert read_status(output, exact=True).num_partial > 0
+    cut_rows_short(output, [*job, *LAYOUTS[first]], after=4)
     run_demo(output, [*job, *LAYOUTS[then]])
     assert_same(read_outputs(output), read_outputs(tmp_path / "undisturbed"))
 
