@@ -123,10 +123,12 @@ def open_run(job: JobConfig, checked: CheckedJob, plan: ReplicaPlan, environment
     retry_round = choose_round(
         run, checked.num_rows, retry=job.run.retry_failed, array=str(environment.array_id or ""), **slurm_job
     )
-    check_truncation(run, retry_round, identity.sampling)
+    complete = run.is_complete(checked.num_rows, retry_round)
+    if not (complete and job.run.retry_failed):  # a retry of a run without failed rows has nothing to do, whatever it would cut
+        check_truncation(run, retry_round, identity.sampling)
     check_lives(run, checked.num_rows, max_lives=job.run.max_lives, retry_round=retry_round, **slurm_job)
     return OpenedRun(
-        complete=run.is_complete(checked.num_rows, retry_round),
+        complete=complete,
         retry_round=retry_round,
         kv_tokens_limit=read_budget(run, layout=job.parallel.replica_layout),
     )

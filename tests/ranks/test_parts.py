@@ -168,6 +168,16 @@ def test_failed_rows_are_tried_again_also_after_a_kill(tmp_path, prompts, undist
     assert read_status(output).complete
 
 
+def test_a_retry_without_failed_rows_has_nothing_to_do(tmp_path):
+    """Also where it would cut too long prompts: there are none."""
+    prompts, output = write_prompts(tmp_path / "prompts.h5", min(TOO_LONG)), tmp_path / "run"
+    assert in_process(output, prompts).complete
+    again = in_process(output, prompts, "data.truncate=left", "run.retry_failed=true")
+    assert again.complete and again.generated_rows == 0
+    with pytest.raises(RunDirectoryError, match="data.truncate"):
+        in_process(output, prompts, "data.truncate=left")
+
+
 def test_tasks_of_an_array_try_failed_rows_once(tmp_path, prompts, undisturbed):
     """Each with its own job id, the last one long after the others are done; and a task that Slurm starts again."""
     output = tmp_path / "run"
