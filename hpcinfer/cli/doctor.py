@@ -13,6 +13,7 @@ Exit codes: 0 nothing is red, 1 something is, 2 the command line is wrong.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 
@@ -35,15 +36,20 @@ def execute(args: argparse.Namespace) -> int:
     from hpcinfer.errors import UsageError
     from hpcinfer.launch.env import LaunchEnvironment
     from hpcinfer.launch.report import Place, run_as_rank
+    from hpcinfer.launch.site import apply_site
     from hpcinfer.launch.start import start_ranks
 
     if args.overrides and not args.job:
         raise UsageError("--set without a job file", fix="name the job file before it")
     environment = LaunchEnvironment.from_environ()
     if environment.in_batch_shell:
-        start_ranks(None, sys.argv[1:])
+        site, _ = apply_site("", os.environ)
+        start_ranks(
+            None, sys.argv[1:], mpi_flavour=site.slurm.mpi if site else None, srun_args=site.slurm.srun_options if site else ()
+        )
 
     def rank_main(place: Place) -> int:
+        apply_site("", os.environ)  # before MPI and NCCL read their variables
         from hpcinfer.doctor.examine import DoctorOptions
         from hpcinfer.doctor.run import run_doctor
 

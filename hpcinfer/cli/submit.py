@@ -18,7 +18,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from hpcinfer.errors import ConfigError, ExitCode
+from hpcinfer.errors import ConfigError, ExitCode, LaunchError
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +65,15 @@ def execute(args: argparse.Namespace) -> int:
     tasks = batch.shape.tasks if not batch.site.slurm.requeue else 1
     names = [f"{batch.name}-{task}" for task in range(1, tasks + 1)] if tasks > 1 else [batch.name]
     verdict = check_script(script)
-    jobs = {name: submit_script(script, ["--job-name", name]) for name in names}
+    jobs: dict[str, int] = {}
+    for name in names:
+        try:
+            jobs[name] = submit_script(script, ["--job-name", name])
+        except LaunchError as error:
+            if jobs:
+                ids = " ".join(map(str, jobs.values()))
+                error.fix = f"submitted so far: {ids}; keep them, or: scancel {ids}. {error.fix}"
+            raise
     report = _report(batch, jobs, verdict)
     print(json.dumps(report) if args.json else _text(report))
     return ExitCode.DONE
@@ -90,7 +98,7 @@ def _batch_job(args: argparse.Namespace, job):
         raise ConfigError(f"--name {args.name!r}", fix="use letters, digits, dots, dashes and underscores")
     name = args.name or re.sub(r"[^\w.-]", "_", Path(args.job).stem, flags=re.ASCII).lstrip("-.") or "hpcinfer"
     return BatchJob(
-        name=name, job_file=args.job, overrides=tuple(args.overrides), output=job.data.output, site=site,
+        name=name, job_file=args.job, overrides=tuple(args.overrides), output=job.data.output, is_trial=job.data.is_trial, site=site,
         site_name=site_name, time=time, python=sys.executable, command=_command(args),
         shape=plan_shape(job.parallel, site.slurm, nodes=args.nodes, tasks=args.array, steps=args.steps),
     )
@@ -130,7 +138,15 @@ def _report(batch, jobs: dict[str, int], verdict: str) -> dict:
     shape = batch.shape
     is_array = shape.tasks > 1 and len(jobs) == 1
     ids = [str(job) for job in jobs.values()]
-    logs = [f"{name}-{job}_*.log" if is_array else f"{name}-{job}.log" for name, job in jobs.items()]
+    if batch.site.slurm.requeue:
+        logs = [f"{name}-{job}_*.log" if is_array else f"{name}-{job}.log" for name, job in jobs.items()]
+        commands = {"queue": f"squeue --jobs={','.join(ids)}", "log": f"tail -F {' '.join(logs)}", "stop": f"scancel {' '.join(ids)}"}
+    else:  # every life is a job of its own
+        names = ",".join(jobs)
+        commands = {
+            "queue": f"squeue --me --name={names}", "log": f"tail -F {' '.join(f'{name}-*.log' for name in jobs)}",
+            "stop": "; ".join(f"scancel --user=$USER --name={name}" for name in jobs),
+        }
     output = as_argument(batch.output)
     return {
         "jobs": list(jobs.values()),
@@ -142,9 +158,7 @@ def _report(batch, jobs: dict[str, int], verdict: str) -> dict:
         "output": batch.output,
         "commands": {
             "status": shlex.join(["hpcinfer", "status", output]),
-            "queue": f"squeue --jobs={','.join(ids)}",
-            "log": f"tail -F {' '.join(logs)}",
-            "stop": f"scancel {' '.join(ids)}",
+            **commands,
             "result": shlex.join(["hpcinfer", "inspect", os.path.join(output, "generations.h5")]),
         },
     }

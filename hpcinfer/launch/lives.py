@@ -1,7 +1,8 @@
 """The constant parts of a batch script: how a job ends, and when it goes on in another life. Text of bash, nothing else.
 
 `sbatch.render` puts them around the ranks: `BEGIN`, `REQUEUE` or `SUCCESSOR`, later `BEFORE`, the ranks, `AFTER`. They use the variables
-run (the run directory), max_lives, scratch, pids (the process ids of srun) and the function on_every_node.
+run (the run directory), markers (files of it that say that all is done), max_lives, scratch, pids (the process ids of srun) and the
+function on_every_node.
 The rule is that of `AFTER`: nobody but the marker file says that a run is complete; a failure (exit codes 1 and 2) is final; all
 else may go on, within a number of lives and as long as two lives in a row do not end with nothing committed.
 
@@ -83,7 +84,8 @@ outcome() { # of this life: rows are committed; it waited, because others had al
     done
     [[ $new ]] && echo "$found" || echo nothing
 }
-marker=$(cat "$run/done.json" "$run/trial.json" 2>/dev/null)
+marked() { (cd -- "$run" && cat -- "${markers[@]}") 2>/dev/null; }
+marked_before=$(marked)
 writers_before=$(writers)
 """
 
@@ -110,8 +112,13 @@ trap '' USR1 TERM
 on_every_node rm -rf -- "$scratch" 2>/dev/null || rm -rf -- "$scratch" # a job that is ended can start no steps
 
 # ---- done, failed, or another life
-# srun returns 0 after some forced ends, and kills ranks that are done when another one ends with a code: only the marker counts.
-if [[ -e $run/done.json && $code == 0 || $(cat "$run/done.json" "$run/trial.json" 2>/dev/null) != "$marker" ]]; then
+# srun returns 0 after some forced ends, and kills ranks that are done when another one ends with a code: only the markers count. A
+# done.json that was there before may be of an earlier round; it holds where the ranks saw it too, and left without a writer.
+is_complete() {
+    [[ $(marked) != "$marked_before" ]] ||
+        [[ -e $run/done.json && $code == 0 && ! $(new_writers) && $(ended_by) == nobody ]]
+}
+if is_complete; then
     say "the run is complete"
     finish 0
 fi

@@ -38,6 +38,8 @@ class BatchJob:
     """`--set` values for the ranks."""
     output: str
     """The run directory."""
+    is_trial: bool = False
+    """Some rows of the run are all that is wanted."""
     site: Site
     site_name: str = ""
     """What ranks find the site by: name or path; "" for none."""
@@ -55,7 +57,10 @@ def render(job: BatchJob) -> str:
     parts = (
         _header(job),
         _directives(job),
-        [f"run={quote(as_argument(job.output))}", f"max_lives={job.site.slurm.max_lives}"],
+        [
+            f"run={quote(as_argument(job.output))}", f"markers=(done.json{' trial.json' if job.is_trial else ''})",
+            f"max_lives={job.site.slurm.max_lives}",
+        ],
         _lines(lives.BEGIN + (lives.REQUEUE if job.site.slurm.requeue else lives.SUCCESSOR)),
         _environment(job),
         _scratch(job),
@@ -124,7 +129,8 @@ def _directives(job: BatchJob) -> Iterator[str]:
     if is_array:
         yield directive(f"--array=1-{shape.tasks}")
     yield directive(f"--nodes={shape.nodes}")
-    yield directive(f"--ntasks={shape.ranks}")
+    # Of all nodes as many cores as the fullest needs.
+    yield directive(f"--ntasks={shape.nodes * shape.ranks_per_node}")
     yield directive(f"--ntasks-per-node={shape.ranks_per_node}")
     if slurm.cores_per_rank:
         yield directive(f"--cpus-per-task={slurm.cores_per_rank}")
@@ -142,7 +148,8 @@ def _directives(job: BatchJob) -> Iterator[str]:
     yield f"# This shell is told {slurm.signal_s} s before the time is over, and tells the ranks: they commit what is being generated."
     yield directive(f"--signal=B:USR1@{slurm.signal_s}")
     yield directive("--requeue" if slurm.requeue else "--no-requeue")
-    yield "# All lives of a job write one log, in the folder that it was submitted from."
+    if slurm.requeue:
+        yield "# All lives of a job write one log, in the folder that it was submitted from."
     yield directive("--open-mode=append")
     yield directive("--output=%x-%A_%a.log" if is_array else "--output=%x-%j.log")
 
@@ -153,10 +160,10 @@ def _environment(job: BatchJob) -> Iterator[str]:
     yield from environment.setup
     if environment.modules:
         yield "type -t module >/dev/null || source /etc/profile"
-        yield f"module load {shlex.join(environment.modules)}"
+        yield f"module load {shlex.join(environment.modules)} || finish 1"
     if environment.venv:
         yield f"source {quote_with_variables(environment.venv + '/bin/activate')} || finish 1"
-    for name, value in {**environment.variables, **_FIXED_VARIABLES}.items():
+    for name, value in {**_FIXED_VARIABLES, **environment.variables}.items():
         yield f"[[ -v {name} ]] || export {name}={quote(value)}"
     yield f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{_threads(job)}}}"
     if job.site_name:
@@ -214,9 +221,11 @@ def _srun(job: BatchJob) -> str:
     ranks_per_node = min(ranks, shape.ranks_per_node)
     nodes = -(-ranks // ranks_per_node) if shape.steps > 1 else shape.nodes
     # srun takes neither GPUs nor cores from the job by itself.
-    options = [
-        "--kill-on-bad-exit=1", f"--mpi={slurm.mpi}", f"--nodes={nodes}", f"--ntasks={ranks}", f"--ntasks-per-node={ranks_per_node}",
-    ]  # fmt: skip
+    options = ["--kill-on-bad-exit=1", f"--mpi={slurm.mpi}", f"--nodes={nodes}", f"--ntasks={ranks}"]
+    if nodes * ranks_per_node == ranks:
+        options.append(f"--ntasks-per-node={ranks_per_node}")
+    else:  # which srun ignores where it does not divide, and spreads the ranks by cores
+        options.append(f"--distribution=plane={ranks_per_node}")
     if slurm.cores_per_rank:
         options.append(f"--cpus-per-task={slurm.cores_per_rank}")
     if shape.gpus_per_node:

@@ -37,7 +37,8 @@ def plan_shape(
     """The shape of a start.
 
     A node has `ranks_per_node` ranks, by default one a GPU, without GPUs one replica. With parallel.dp = 0 the ranks that the nodes
-    have are filled with whole replicas; otherwise there are exactly dp replicas.
+    have are filled with whole replicas; otherwise there are exactly dp replicas. Where they do not fill the nodes, the last ones have
+    fewer ranks, rather than that a replica (or one that is larger than a node: a group of tp) is divided.
 
     The rule for arrays: with parallel.dp = 0, on more than `slurm.array_nodes` nodes, where equal parts of the nodes hold
     whole replicas, the start becomes an array of such parts, as small as they can be. Replicas share nothing but the run
@@ -63,7 +64,7 @@ def plan_shape(
             f"--nodes {nodes} cannot be divided over --array {tasks}", found="--nodes counts all array tasks together",
             fix=f"give --nodes {-(-nodes // tasks) * tasks}, or leave it out",
         )
-    shape = _job_shape(parallel, slurm, nodes // tasks if nodes else None)
+    shape = _job_shape(parallel, slurm, nodes // tasks if nodes else None, tasks)
     replica = parallel.replica_size
     if steps and shape.ranks_per_node % replica and replica % shape.ranks_per_node:
         raise ConfigError(
@@ -73,7 +74,7 @@ def plan_shape(
     return dataclasses.replace(shape, tasks=tasks, steps=shape.ranks // replica if steps else 1)
 
 
-def _job_shape(parallel: ParallelConfig, slurm: SlurmSection, nodes: int | None) -> Shape:
+def _job_shape(parallel: ParallelConfig, slurm: SlurmSection, nodes: int | None, tasks: int) -> Shape:
     replica = parallel.replica_size
     room = slurm.ranks_per_node or slurm.gpus_per_node
     if not room:  # nodes say nothing: as many ranks as the job has, one replica a node where it does not say either
@@ -87,11 +88,11 @@ def _job_shape(parallel: ParallelConfig, slurm: SlurmSection, nodes: int | None)
     if not 1 <= ranks <= nodes * room:
         raise ConfigError(
             f"{nodes} nodes for {parallel.dp or 1} replicas of {replica} ranks", found=f"{room} ranks on a node",
-            fix=f"give --nodes {-(-replica * (parallel.dp or 1) // room)} or more, or change parallel.dp, pp, sp or tp",
+            fix=f"give --nodes {-(-replica * (parallel.dp or 1) // room) * tasks} or more, or change parallel.dp, pp, sp or tp",
         )
     if nodes > ranks:
-        raise ConfigError(f"{nodes} nodes for {ranks} ranks", fix=f"give --nodes {ranks} or less, or raise parallel.dp")
-    ranks_per_node = -(-ranks // nodes)
+        raise ConfigError(f"{nodes} nodes for {ranks} ranks", fix=f"give --nodes {ranks * tasks} or less, or raise parallel.dp")
+    ranks_per_node = _ranks_per_node(parallel, ranks, nodes, room)
     return Shape(
         nodes=nodes, ranks=ranks, ranks_per_node=ranks_per_node,
         # Only the GPUs that the ranks use: with several ranks a GPU, or GPUs a rank, in the proportion of the full node.
@@ -99,8 +100,18 @@ def _job_shape(parallel: ParallelConfig, slurm: SlurmSection, nodes: int | None)
     )
 
 
+def _ranks_per_node(parallel: ParallelConfig, ranks: int, nodes: int, room: int) -> int:
+    """Most ranks on one node: even, as far as that divides no replica, or no group of tp, of those that a node has room for."""
+    even = -(-ranks // nodes)
+    for whole in (parallel.replica_size, parallel.sp * parallel.tp, parallel.tp):
+        rounded = -(-even // whole) * whole
+        if rounded <= room and (nodes - 1) * rounded < ranks:  # Slurm fills one node after the other; none is to be empty
+            return rounded
+    return even
+
+
 def _tasks_by_rule(parallel: ParallelConfig, slurm: SlurmSection, nodes: int | None) -> int:
     if nodes is None or nodes <= slurm.array_nodes or parallel.dp:
         return 1
-    smallest = _job_shape(parallel, slurm, None)
+    smallest = _job_shape(parallel, slurm, None, 1)
     return nodes // smallest.nodes if nodes % smallest.nodes == 0 else 1

@@ -20,7 +20,6 @@ from hpcinfer.data.ledger.writers import (
 )
 
 STALE_AFTER_S = 120.0
-_SQUEUE_EVERY_S = 30.0
 
 
 def is_gone_from_this_machine(identity: WriterIdentity, own_boot_id: str | None = None) -> bool:
@@ -49,9 +48,9 @@ class Liveness:
     """Tells live writers from dead and silent ones.
 
     Dead at once: same boot id and pid namespace with the process gone; the same Slurm job seen with a higher restart
-    count; the job not in the queue any more. Otherwise a counter that stays the same for `stale_after_s` on this
-    reader's own monotonic clock means silent: modification times are never used (NFS caches them for a minute, and
-    clocks differ between nodes).
+    count. Otherwise a counter that stays the same for `stale_after_s` on this reader's own monotonic clock means
+    silent: modification times are never used (NFS caches them for a minute, and clocks differ between nodes). Slurm is
+    not asked: a controller that answers late would stop the ranks that ask.
     """
 
     def __init__(
@@ -59,21 +58,17 @@ class Liveness:
         run: RunDirectory,
         *,
         stale_after_s: float = STALE_AFTER_S,
-        job_in_queue: Callable[[str], bool | None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         own_boot_id: str | None = None,
     ) -> None:
-        """`job_in_queue(job id)` asks Slurm; None when it cannot tell. It is asked at most every 30 s for a job."""
         self._run = run
         self._stale_after_s = stale_after_s
-        self._job_in_queue = job_in_queue
         self._clock = clock
         self._boot_id = boot_id() if own_boot_id is None else own_boot_id
         self._identities: dict[str, WriterIdentity] = {}
         self._seen: dict[str, tuple[object, float]] = {}
         self._final: dict[str, Verdict] = {}
         self._restarts: dict[tuple[str, str], int] = {}
-        self._asked: dict[str, tuple[float, bool | None]] = {}
 
     def refresh(self) -> None:
         """Reads the identities of writers that are new, so that restarted jobs are known. Raises OSError."""
@@ -128,15 +123,4 @@ class Liveness:
             return True
         if not identity.job:
             return False
-        if identity.restart_count < self._restarts.get((identity.cluster, identity.job), 0):
-            return True
-        return self._in_queue(identity.job) is False
-
-    def _in_queue(self, job: str) -> bool | None:
-        if self._job_in_queue is None:
-            return None
-        asked_at, answer = self._asked.get(job, (float("-inf"), None))
-        if self._clock() - asked_at >= _SQUEUE_EVERY_S:
-            answer = self._job_in_queue(job)
-            self._asked[job] = (self._clock(), answer)
-        return answer
+        return identity.restart_count < self._restarts.get((identity.cluster, identity.job), 0)

@@ -1,4 +1,4 @@
-"""`hpcinfer run --site`: chosen before ranks are started, and passed on to them."""
+"""The site: chosen before ranks are started, and passed on to them."""
 
 from __future__ import annotations
 
@@ -52,3 +52,14 @@ def test_an_unknown_site_is_a_usage_error(started, capsys):
     assert cli.main(["run", "jobs/demo.toml", "--site", "nowhere"]) == 2
     assert "no site 'nowhere'" in capsys.readouterr().err
     assert not started
+
+
+def test_the_doctor_is_started_as_the_ranks_would_be(started, tmp_path, monkeypatch):
+    path = tmp_path / "here.toml"
+    path.write_text('[slurm]\nmpi = "cray_shasta"\nsrun_options = ["--cpu-bind=cores"]\n[nccl]\ndebug = "WARN"\n')
+    monkeypatch.setenv("HPCINFER_SITE", str(path))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(Started):
+        cli.main(["doctor", "jobs/demo.toml"])
+    assert started == [(None, {"mpi_flavour": "cray_shasta", "srun_args": ("--cpu-bind=cores",)})]
+    assert os.environ["NCCL_DEBUG"] == "WARN"

@@ -61,8 +61,13 @@ def test_json_arrays_and_jobs_in_the_place_of_tasks(workplace, capsys):
     assert cli.main(["submit", "jobs/demo.toml", "--site", "./forbids.toml", "--array", "2", "--name", "mine", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert calls(workplace)[-2:] == ["--parsable --job-name mine-1", "--parsable --job-name mine-2"]
-    assert report["jobs"] == [4, 5] and report["commands"]["log"] == "tail -F mine-1-4.log mine-2-5.log"
-    assert report["commands"]["stop"] == "scancel 4 5"
+    assert report["jobs"] == [4, 5]
+    # Every life has a number of its own there; the names stay.
+    found = {name: report["commands"][name] for name in ("log", "queue", "stop")}
+    assert found == {
+        "log": "tail -F mine-1-*.log mine-2-*.log", "queue": "squeue --me --name=mine-1,mine-2",
+        "stop": "scancel --user=$USER --name=mine-1; scancel --user=$USER --name=mine-2",
+    }
 
 
 def test_settings_and_the_variable_for_the_site(workplace, capsys, monkeypatch):
@@ -114,3 +119,11 @@ def test_a_refusal_is_passed_on_and_nothing_is_submitted(workplace, capsys):
     assert cli.main(["submit", "jobs/demo.toml", "--site", "./here.toml"]) == 1
     shown = capsys.readouterr()
     assert "sbatch --test-only refuses the job" in shown.err and "sinfo -o %P" in shown.err and not shown.out
+
+
+def test_a_refusal_half_way_names_the_jobs_that_are_there(workplace, capsys):
+    program = workplace / "bin" / "sbatch"
+    program.write_text(program.read_text() + f'(( $(wc -l < "{workplace}/calls") < 4 )) || {{ echo "sbatch: error: QOSMaxSubmit" >&2; exit 1; }}\n')
+    assert cli.main(["submit", "jobs/demo.toml", "--site", "./forbids.toml", "--array", "4"]) == 1
+    shown = capsys.readouterr()
+    assert "QOSMaxSubmit" in shown.err and "submitted so far: 2 3; keep them, or: scancel 2 3" in shown.err and not shown.out

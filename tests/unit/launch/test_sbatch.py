@@ -84,10 +84,30 @@ def test_the_facts_of_job_and_site():
         "--gpus-per-node=h100:8", "--cpu-bind=cores", "python3", "-m", "hpcinfer", "run", "--set", "a.b=c d", "jobs/demo.toml",
     ]  # fmt: skip
     for line in (
-        "umask 027", "module load cuda/13.0 'a b'", 'source "$HOME/my env/bin/activate" || finish 1', "max_lives=7",
+        "umask 027", "module load cuda/13.0 'a b' || finish 1", 'source "$HOME/my env/bin/activate" || finish 1', "max_lives=7",
         "[[ -v UCX_TLS ]] || export UCX_TLS=rc,sm", "export HPCINFER_SITE=mine", "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}",
     ):  # fmt: skip
         assert line in script.splitlines()
+
+
+def test_nodes_that_are_not_filled():
+    """srun would spread the ranks by cores."""
+    script = render(batch(Shape(nodes=2, ranks=12, ranks_per_node=8, gpus_per_node=8)))
+    assert directives(script)["--ntasks"] == "16" and directives(script)["--ntasks-per-node"] == "8"
+    options = argv(script)
+    assert {"--nodes=2", "--ntasks=12", "--distribution=plane=8"} < set(options) and "--ntasks-per-node=8" not in options
+
+
+def test_a_site_may_have_its_own_values_of_what_scripts_set():
+    script = render(batch(site={"environment": {"variables": {"OMP_WAIT_POLICY": "active"}}}))
+    assert [line for line in script.splitlines() if "OMP_WAIT_POLICY" in line] == [
+        "[[ -v OMP_WAIT_POLICY ]] || export OMP_WAIT_POLICY=active"
+    ]
+
+
+def test_what_marks_the_end():
+    assert "markers=(done.json)" in render(batch()).splitlines()
+    assert "markers=(done.json trial.json)" in render(batch(is_trial=True)).splitlines()
 
 
 def test_without_a_site():
@@ -174,9 +194,9 @@ def test_any_script_is_valid_and_starts_what_was_asked_for(job_file, overrides, 
     subprocess.run(["bash", "-n"], input=script.encode(), check=True, timeout=60)
     expected = [python, "-m", "hpcinfer", "run", *(word for override in overrides for word in ("--set", override))]
     assert argv(script)[6:] == [*expected, as_argument(job_file)]
-    assert bash(re.search(r"^run=.*?(?=^max_lives)", script, re.M | re.S).group(0) + 'printf %s "$run"') == as_argument(output)
+    assert bash(re.search(r"^run=.*?(?=^markers=)", script, re.M | re.S).group(0) + 'printf %s "$run"') == as_argument(output)
     environment = section(script, "environment")
-    assert bash(re.search(r"^\[\[ -v X .*?(?=^\[\[ -v PYTHON)", environment, re.M | re.S).group(0) + 'printf %s "$X"') == value
+    assert bash(re.search(r"^\[\[ -v X .*?(?=^export OMP_NUM)", environment, re.M | re.S).group(0) + 'printf %s "$X"') == value
 
 
 def test_what_slurm_cannot_carry_is_refused():

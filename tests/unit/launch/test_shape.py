@@ -33,6 +33,13 @@ def numbers(shape: Shape) -> tuple[int, ...]:
         ({}, GPU_NODE, {}, (1, 1, 8, 8, 8, 1)),
         ({"tp": 3}, GPU_NODE, {}, (1, 1, 6, 6, 6, 1)),
         ({"tp": 3, "pp": 2}, SlurmSection(gpus_per_node=4), {}, (1, 2, 6, 3, 3, 1)),
+        # Nodes that are not filled: no replica is divided, or else no group of tp, where there is room.
+        ({"tp": 4, "dp": 3}, GPU_NODE, {}, (1, 2, 12, 8, 8, 1)),
+        ({"tp": 2, "dp": 5}, GPU_NODE, {}, (1, 2, 10, 6, 6, 1)),
+        ({"tp": 2, "dp": 3}, SlurmSection(gpus_per_node=4), {}, (1, 2, 6, 4, 4, 1)),
+        ({"tp": 4, "pp": 3}, GPU_NODE, {}, (1, 2, 12, 8, 8, 1)),
+        ({"tp": 4, "dp": 3}, GPU_NODE, {"nodes": 3}, (1, 3, 12, 4, 4, 1)),
+        ({"tp": 2, "pp": 2, "dp": 3}, GPU_NODE, {"nodes": 4}, (1, 4, 12, 3, 3, 1)),
         # Only the GPUs that are used; several ranks a GPU.
         ({"tp": 2, "dp": 1}, GPU_NODE, {}, (1, 1, 2, 2, 2, 1)),
         ({"tp": 2}, SlurmSection(gpus_per_node=2, ranks_per_node=4), {}, (1, 1, 4, 4, 2, 1)),
@@ -60,6 +67,8 @@ def test_shapes(parallel, slurm, arguments, expected):
         ({"tp": 8, "pp": 2}, GPU_NODE, {"nodes": 1}, "give --nodes 2 or more"),
         ({"tp": 8, "dp": 4}, GPU_NODE, {"nodes": 3}, "give --nodes 4 or more"),
         ({"tp": 2, "dp": 1}, GPU_NODE, {"nodes": 3}, "give --nodes 2 or less"),
+        ({"tp": 8, "pp": 2}, GPU_NODE, {"nodes": 4, "tasks": 4}, "give --nodes 8 or more"),
+        ({"dp": 2}, GPU_NODE, {"nodes": 12, "tasks": 4}, "give --nodes 8 or less"),
         ({}, GPU_NODE, {"nodes": 4, "tasks": 3}, "give --nodes 6"),
         ({}, GPU_NODE, {"nodes": 0}, "1 or more"),
         ({}, GPU_NODE, {"tasks": 0}, "1 or more"),
