@@ -49,6 +49,14 @@ def test_plans_of_lives(cluster, fakes):
     assert "life 2: the run is complete" in fakes.log("killed")
 
 
+def test_nodes_that_are_not_filled_have_whole_replicas(cluster, fakes):
+    job, = fakes.submit("uneven", "done", "--set", "parallel.tp=2", "--set", "parallel.dp=3", slurm={"ranks_per_node": 4})
+    assert cluster.wait(job)["JobState"] == "COMPLETED", fakes.log("uneven")
+    ranks = [json.loads(path.read_text())["env"] for path in fakes.run("uneven").glob("rank-*.json")]
+    nodes = {int(env["SLURM_PROCID"]): env["SLURM_NODEID"] for env in ranks}
+    assert nodes == {0: "0", 1: "0", 2: "0", 3: "0", 4: "1", 5: "1"}
+
+
 def ends(cluster: Cluster, name: str) -> list[tuple[str, str]]:
     """(state, exit code) of all jobs of this name, in the order of their numbers."""
     records = [record for record in cluster.records() if record["Name"] == name]
