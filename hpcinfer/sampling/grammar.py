@@ -8,12 +8,13 @@ Shape letters: V vocabulary, W = ceil(V / 32) words of a mask.
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import json
 import os
 import threading
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -21,11 +22,18 @@ from hpcinfer.data.tokenize import Tokenizer
 from hpcinfer.errors import ConfigError, HpcinferError, RowError
 from hpcinfer.request import END_WITHOUT_TOKEN, NO_TOKEN_LEFT, Constraint
 
+T = TypeVar("T")
+
 _MOST_COMPILED = 1024
 """Constraints kept compiled: rows may bring as many as there are rows."""
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,20}"
 """Between the parts of JSON, where the schema does not say itself (`x-guidance`): room for any usual layout, and no more, so that a
 model that likes blanks must go on."""
+_LONGEST = {"regex": 1 << 15, "json": 1 << 20, "grammar": 1 << 20}
+"""Characters of a constraint; what is longer may take minutes to compile."""
+_STACK_BYTES = 512 << 20
+"""Of the threads that compile: llguidance calls itself once for each level of a constraint, and ends the process at the stack's end. Only
+what is touched is memory."""
 _REASON_CHARACTERS = 300
 _MOST_THREADS = 8
 
@@ -59,7 +67,7 @@ class Grammars:
         self._vocab_size = vocab_size
         self._eos_token_ids = np.array(sorted(i for i in eos_token_ids if i < vocab_size), np.int64)
         self._ends = _Bits(self._eos_token_ids)
-        self._compiled = functools.lru_cache(_MOST_COMPILED)(self._compile)
+        self._compiled = functools.lru_cache(_MOST_COMPILED)(lambda constraint: _with_deep_stack(lambda: self._compile(constraint)))
         self._loading = threading.Lock()
 
     def check(self, constraint: Constraint) -> None:
@@ -165,6 +173,9 @@ class Grammars:
 
     def _compile(self, constraint: Constraint) -> _Compiled | HpcinferError:
         """The compiled constraint, or why there is none: what is returned is kept, what is raised is not."""
+        longest = _LONGEST.get(constraint.kind)
+        if longest is not None and len(constraint.text) > longest:
+            return _refused(constraint, f"it has {len(constraint.text)} characters; at most {longest} are compiled")
         try:
             library = self._library
             grammar = _FORMS[constraint.kind](library.module, constraint.text)
@@ -207,7 +218,7 @@ class _Compiled:
         """What may be copied in place of an original that has failed; the last one is new."""
         if self.original is not failed:
             yield self.original
-        yield self._make()
+        yield _with_deep_stack(self._make)
 
 
 class Matcher:
@@ -311,6 +322,28 @@ def _grammar(library: Any, text: str) -> str:
 
 
 _FORMS = {"json": _json, "regex": _regex, "choice": _choice, "grammar": _grammar}
+
+
+_starting = threading.Lock()
+
+
+def _with_deep_stack(work: Callable[[], T]) -> T:
+    """What `work` returns or raises, done by a thread with a stack of `_STACK_BYTES`."""
+    done: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    with _starting:  # the size is the process's
+        before = threading.stack_size(_STACK_BYTES)
+        try:
+            threading.Thread(target=run, name="grammar", daemon=True).start()
+        finally:
+            threading.stack_size(before)
+    return done.result()
 
 
 def _refused(constraint: Constraint, reason: str) -> RowError:

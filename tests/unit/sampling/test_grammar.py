@@ -187,6 +187,21 @@ def test_a_constraint_that_cannot_be_used_says_why(kind, text, reason):
     GRAMMARS.check(Constraint("regex", "fine"))
 
 
+@pytest.mark.parametrize("depth", [3000, 20000])
+@pytest.mark.parametrize("kind", ["json", "grammar"])
+def test_a_deep_constraint_does_not_end_the_process(kind, depth):
+    """llguidance calls itself for each level."""
+    levels = {f"d{i}": {"items": {"$ref": f"#/$defs/d{i + 1}"}, "type": "array"} for i in range(depth)} | {f"d{depth}": {"type": "null"}}
+    text = {
+        "json": json.dumps({"$defs": levels, "$ref": "#/$defs/d0"}),
+        "grammar": "start: a0\n" + "\n".join(f"a{i}: a{i + 1}" for i in range(depth)) + f'\na{depth}: "x"',
+    }[kind]
+    try:
+        demo_grammars().check(Constraint(kind, text))
+    except RowError as error:
+        assert "too large" in str(error) or "characters" in str(error)
+
+
 def test_a_byte_level_tokenizer_with_ids_of_its_own(tmp_path):
     write_byte_tokenizer(tmp_path)
     grammars = Grammars(lambda: Tokenizer(tmp_path), vocab_size=260, eos_token_ids=(2,))
