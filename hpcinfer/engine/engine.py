@@ -19,7 +19,7 @@ from hpcinfer.engine.memory import available_bytes
 from hpcinfer.engine.outcome import failed_generation, generation_of
 from hpcinfer.engine.profile import meter_of
 from hpcinfer.engine.requests import RequestBuilder
-from hpcinfer.errors import ConfigError, RowError
+from hpcinfer.errors import ConfigError, RowError, UsageError
 from hpcinfer.models.checkpoint import Checkpoint
 from hpcinfer.models.weights import load_stage
 from hpcinfer.observe.metrics import PhaseClock
@@ -69,6 +69,7 @@ class Engine:
         self._replica.stop_texts = StopTexts(self._tokenizer) if self._tokenizer else None
         self._vocab_size = config.vocab_size
         self._grammars = grammars
+        self._is_generating = False
         self._queue_depth = _QUEUE_DEPTH * engine.max_sequences
 
     @property
@@ -89,7 +90,16 @@ class Engine:
         Yields:
             Generations; `row` is the number of the prompt, counted from 0. A prompt that cannot be run yields one with
             status FAILED and the reason.
+
+        Raises:
+            UsageError: another one's generations are not all taken yet: close it first.
         """
+        if self._is_generating:
+            raise UsageError(
+                "the engine is generating for another call", found="an iterator of generate() that is neither at its end nor closed",
+                fix="take all of its generations, close() it, or make another Engine",
+            )
+        self._is_generating = True
         waiting = iter(enumerate(prompts))
         builder = RequestBuilder(self._tokenizer, self._vocab_size, self._grammars, task=task)
         exhausted = False
@@ -105,6 +115,7 @@ class Engine:
                 for ended in self._replica.step(requests):
                     yield generation_of(ended, self._tokenizer)
         finally:
+            self._is_generating = False
             if not self._replica.is_idle:  # the caller stopped listening
                 self._replica.step([], drain=True)
 
@@ -126,7 +137,10 @@ class Engine:
 
     def _token_ids(self, prompt: str | Sequence[int]) -> np.ndarray:
         if not isinstance(prompt, str):
-            return self._checked(np.asarray(prompt))
+            try:
+                return self._checked(np.asarray(prompt))
+            except (ValueError, TypeError, OverflowError) as error:
+                raise RowError(f"a prompt is a string or a sequence of token ids: {error}") from error
         if self._tokenizer is None:
             raise RowError("the model folder has no tokenizer.json: give token ids")
         return self._tokenizer.encode(prompt)

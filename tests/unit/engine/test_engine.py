@@ -9,7 +9,7 @@ import pytest
 
 import hpcinfer
 from hpcinfer.config.job import EngineSection
-from hpcinfer.errors import CheckpointError, ConfigError
+from hpcinfer.errors import CheckpointError, ConfigError, UsageError
 from hpcinfer.request import FinishReason, SamplingParams, Status, TaskParams
 from tests.checkpoints import make_checkpoint
 from tests.conftest import ROOT
@@ -41,6 +41,15 @@ def test_generations_come_as_they_finish_from_an_endless_source(engine):
     assert [g.text for g in engine.generate(["1+1="])] == ["2"], "the engine is not left in order when a caller stops early"
 
 
+def test_two_calls_at_once_do_not_mix_their_rows(engine):
+    first = engine.generate(["17+25=", "1+1="])
+    next(first)
+    with pytest.raises(UsageError, match="another call"):
+        next(engine.generate(["reverse abc:"]))
+    first.close()
+    assert [g.text for g in engine.generate(["reverse abc:"])] == [" cba"]
+
+
 def test_samples_differ_and_do_not_depend_on_the_batch(engine):
     sampling = hpcinfer.SamplingParams(temperature=3.0, n=3, seed=5, max_tokens=12, ignore_eos=True)
     alone = {g.key: g.token_ids.tolist() for g in engine.generate(["9+9="], sampling)}
@@ -53,7 +62,8 @@ def test_samples_differ_and_do_not_depend_on_the_batch(engine):
     ("prompt", "words"),
     [
         ("", "no tokens"), ([], "no tokens"), (list(range(3)) * 300, "at most 511"), ([5, 263], "vocabulary of 263"),
-        ([5, -1], "vocabulary"), ([2**40], "vocabulary"), ([[1, 2]], "sequence of token ids"), ([0.5], "sequence of token ids"),
+        ([5, -1], "vocabulary"), ([2**40], "vocabulary"), ([[1, 2]], "sequence of token ids"), ([1, [2]], "sequence of token ids"),
+        ([0.5], "sequence of token ids"),
     ],
 )
 def test_a_prompt_that_cannot_run_fails_alone(engine, prompt, words):
