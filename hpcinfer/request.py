@@ -130,7 +130,7 @@ class SamplingParams:
         )
         for holds, name, value, allowed in rules:
             if not holds:
-                raise ConfigError(f"sampling.{name} = {value}", fix=f"{name} must be {allowed}")
+                raise ConfigError(f"sampling.{name} = {value}"[:300], fix=f"{name} must be {allowed}")
 
     @property
     def counts_tokens(self) -> bool:

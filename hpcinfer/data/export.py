@@ -245,7 +245,7 @@ def _write(file: GenerationFile, reader: PromptsReader | None, out: BinaryIO, op
     if options.format == CSV:
         return write_csv(out, entries, names)
     if options.format == PARQUET:
-        return write_parquet(out, entries, names)
+        return write_parquet(out, entries, names, foreign=inputs.names if inputs else ())
     return write_json_lines(out, entries)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from hpcinfer.data.prompts.packed import BLOCK_ROWS
@@ -21,8 +22,6 @@ class InputColumns:
         prompts: also the prompt itself, text or token ids; None where it could not be read.
         meta: meta columns by name.
         taken: names that are no longer free: a meta column of such a name becomes "meta.NAME".
-    Raises:
-        DataError: there is no such meta column.
     """
 
     def __init__(
@@ -30,15 +29,7 @@ class InputColumns:
     ) -> None:
         self._reader = reader
         self._prompts = prompts
-        there = reader.meta_names() if meta else ()
-        if missing := [name for name in meta if name not in there]:
-            raise DataError(
-                f"{reader.paths[0]} has no meta column {missing[0]!r}",
-                found=", ".join(there) or "none at all",
-                fix="name the columns to keep at `hpcinfer convert --meta-columns`",
-            )
-        taken |= {"id", "prompt"}
-        self._meta = {name: f"meta.{name}" if name in taken else name for name in meta}
+        self._meta = _unlike(taken | {"id", "prompt"}, meta)
         self.names = ["id", *(["prompt"] if prompts else []), *self._meta.values()]
         """The keys of what `of` returns."""
         # Blocks with prompts or meta values are smaller, because a row may be long.
@@ -70,7 +61,32 @@ class InputColumns:
 
 
 def meta_names(setting: str, reader: PromptsReader) -> tuple[str, ...]:
-    """The meta columns that a setting stands for: "all", "none", or names with commas."""
+    """The meta columns that a setting stands for: "all", "none", or names with commas.
+
+    Raises:
+        DataError: there is no such meta column.
+    """
     if setting == NONE:
         return ()
-    return reader.meta_names() if setting == ALL else tuple(name.strip() for name in setting.split(",") if name.strip())
+    there = reader.meta_names()
+    names = there if setting == ALL else tuple(name.strip() for name in setting.split(",") if name.strip())
+    if missing := [name for name in names if name not in there]:
+        raise DataError(
+            f"{reader.paths[0]} has no meta column {missing[0]!r}",
+            found=", ".join(there) or "none at all",
+            fix="name the columns to keep at `hpcinfer convert --meta-columns`",
+        )
+    return tuple(names)
+
+
+def _unlike(taken: frozenset[str], names: Sequence[str]) -> dict[str, str]:
+    """Name -> the name to show it by, which is neither taken nor that of another."""
+    shown: dict[str, str] = {}
+    used = set(taken) | {name for name in names if name not in taken}
+    for name in names:
+        shown[name] = name
+        if name in taken:
+            while shown[name] in used:
+                shown[name] = f"meta.{shown[name]}"
+            used.add(shown[name])
+    return shown

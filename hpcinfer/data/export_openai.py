@@ -10,21 +10,18 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
-from hpcinfer.data.convert.driver import reject_path
+from hpcinfer.data.prompts.rejects import stated_rejects
 from hpcinfer.data.convert.openai import META
 from hpcinfer.data.convert.openai_body import CHAT_URL, COMPLETIONS_URL, INVALID
 from hpcinfer.data.export_inputs import InputColumns
 from hpcinfer.data.export_logprobs import LogprobWriter
 from hpcinfer.data.export_tables import json_line
 from hpcinfer.data.generations import GenerationFile
-from hpcinfer.data.hdf5 import open_input
 from hpcinfer.data.ledger.run_directory import RunDirectory
-from hpcinfer.data.prompts import schema
 from hpcinfer.data.prompts.reader import PromptsReader
 from hpcinfer.data.tokenize import Tokenizer
 from hpcinfer.errors import DataError
@@ -79,7 +76,7 @@ def write_openai(
             counts.errors += 1
     if row >= 0:
         inputs.of(row)  # raises: the generations are of other prompts
-    for reject in _rejects(reader.paths):
+    for reject in stated_rejects(reader.paths):
         place = f"{reject['source']} line {reject.get('line', reject.get('row'))}"
         code, message = reject.get("code") or INVALID, f"line {reject.get('line', reject.get('row'))}: {reject['reason']}"
         errors.write(json_line(layout.error(place, reject.get("id"), code, message)))
@@ -161,30 +158,3 @@ class _Layout:
         """A line of the error file."""
         error = {"code": code, "message": message}
         return {"id": self._id("batch_req_", place), "custom_id": custom_id, "response": None, "error": error}
-
-
-def _rejects(paths: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """What was rejected when the prompts were converted, checked to be as many as the prompts say."""
-    for path in paths:
-        with open_input(path) as file:
-            stated = int(file.attrs.get(schema.REJECTED, 0))
-        name, found = reject_path(path), 0
-        try:
-            if stated:
-                with open(name, encoding="utf-8") as lines:
-                    for line in lines:
-                        reject = json.loads(line)
-                        found += 1
-                        yield {"source": str(reject["source"]), "reason": str(reject["reason"]), **reject}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise _lost(path, name, stated, str(error)) from error
-        if found != stated:
-            raise _lost(path, name, stated, f"it has {found}")
-
-
-def _lost(path: str, name: str, stated: int, found: str) -> DataError:
-    return DataError(
-        f"{stated} lines were rejected when {path} was made, and {name} does not tell them all",
-        found=found,
-        fix="put the file beside the prompts, or convert the batch again",
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from hpcinfer.errors import DataError
@@ -52,8 +52,12 @@ def _cell(value: Any) -> Any:
     return "" if value is None else value if isinstance(value, str | int | float) else json.dumps(value, ensure_ascii=False)
 
 
-def write_parquet(out: BinaryIO, entries: Iterator[Entry], names: list[str]) -> int:
-    """A row each, in batches. Returns the number of rows. Raises DataError without pyarrow."""
+def write_parquet(out: BinaryIO, entries: Iterator[Entry], names: list[str], foreign: Collection[str] = ()) -> int:
+    """A row each, in batches. Returns the number of rows. Raises DataError without pyarrow.
+
+    Args:
+        foreign: the names of columns that are not ours: text, even where ours of that name is not.
+    """
     try:
         import pyarrow
         import pyarrow.parquet
@@ -63,12 +67,13 @@ def write_parquet(out: BinaryIO, entries: Iterator[Entry], names: list[str]) -> 
     def type_of(name: str) -> pyarrow.DataType:
         return pyarrow.list_(type_of(name[5:-1])) if name.startswith("list<") else getattr(pyarrow, name)()
 
-    schema = pyarrow.schema([(name, type_of(_TYPES.get(name, "string"))) for name in names])
+    types = {name: kind for name, kind in _TYPES.items() if name not in foreign}
+    schema = pyarrow.schema([(name, type_of(types.get(name, "string"))) for name in names])
     num_rows = 0
     with pyarrow.parquet.ParquetWriter(out, schema, compression="zstd") as writer:
         for batch in _batches(entries):
             columns = [
-                pyarrow.array([entry[name] if name in _TYPES else _text(entry[name]) for entry in batch], schema.field(name).type)
+                pyarrow.array([entry[name] if name in types else _text(entry[name]) for entry in batch], schema.field(name).type)
                 for name in names
             ]
             writer.write_table(pyarrow.Table.from_arrays(columns, schema=schema))

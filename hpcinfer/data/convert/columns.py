@@ -28,6 +28,17 @@ def names_of(setting: str) -> frozenset[str]:
     return frozenset(name.strip() for name in setting.split(",") if name.strip())
 
 
+def sampling_names(setting: str) -> frozenset[str]:
+    """The sampling columns that a setting stands for. Raises UsageError."""
+    fields = schema.SAMPLING_COLUMNS
+    if setting in (ALL, NONE):
+        return frozenset(fields) if setting == ALL else frozenset()
+    names = names_of(setting)
+    if unknown := names - fields.keys():
+        raise UsageError(f"no sampling column {sorted(unknown)[0]!r}", fix=f"known: {', '.join(fields)}")
+    return names
+
+
 class ColumnMapper:
     """Makes records of rows as `options` say.
 
@@ -55,14 +66,7 @@ class ColumnMapper:
             if not options.model:
                 raise UsageError("chat messages need the model's chat template", fix="give --model FOLDER")
             self._chat = ChatTemplate(options.model)
-        fields = schema.SAMPLING_COLUMNS
-        self._sampling = names_of(options.sampling_columns)
-        if options.sampling_columns == ALL:
-            self._sampling = frozenset(fields)
-        elif options.sampling_columns == NONE:
-            self._sampling = frozenset()
-        elif unknown := self._sampling - fields.keys():
-            raise UsageError(f"no sampling column {sorted(unknown)[0]!r}", fix=f"known: {', '.join(fields)}")
+        self._sampling = sampling_names(options.sampling_columns)
         self._id_column = options.id_column or DEFAULT_ID_COLUMN
         self._sampling -= self._prompt_columns | {options.id_column}
         self._all_meta = options.meta_columns == ALL

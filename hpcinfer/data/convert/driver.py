@@ -20,6 +20,7 @@ from hpcinfer.data.hdf5 import refuse_to_replace, whole_file
 from hpcinfer.data.prompts import schema
 from hpcinfer.data.prompts.packed import MAX_ROW_BYTES
 from hpcinfer.data.prompts.prompts_writer import PromptsWriter
+from hpcinfer.data.prompts.rejects import reject_path
 from hpcinfer.data.tokenize import Tokenizer
 from hpcinfer.errors import DataError, RowError, UsageError
 from hpcinfer.units import counted
@@ -80,7 +81,8 @@ def convert(
         on_progress: called now and then with the counts so far.
     Raises:
         DataError: a source cannot be read, no line is good, too many are bad, the destination exists or cannot be
-            written. The destination then does not appear (or stays what it was); the reject file does.
+            written. The destination then does not appear; the reject file does. Where they are there from before they stay what
+            they were, and the rejects are in DESTINATION.failed.rejected.jsonl.
         UsageError: the format is not known, or options contradict each other.
         CheckpointError: the model folder lacks what the options need of it.
     """
@@ -94,7 +96,8 @@ def convert(
     if os.path.exists(destination) and not overwrite:
         raise DataError(f"{destination} exists", fix="give another name, or --overwrite")
     refuse_to_replace(destination, files)
-    refuse_to_replace(reject_path(destination), [file for file in files if not os.path.isdir(file)])
+    for rejects in (destination, _failed(destination)):
+        refuse_to_replace(reject_path(rejects), [file for file in files if not os.path.isdir(file)])
     if sort and sort not in ORDERS:
         raise UsageError(f"no order {sort!r}", fix=f"sort by one of {', '.join(ORDERS)}")
     # Every source is looked at before a byte is written. Files of one format share a converter, which knows all their ids.
@@ -103,7 +106,7 @@ def convert(
     opened = [(file, converters[kind]) for file, kind in zip(files, kinds, strict=True)]
     tokenizer = Tokenizer(options.model) if options.model else None
     summary = ConvertSummary(destination)
-    rejects = _RejectFile(reject_path(destination), summary, show_rejects, on_reject)
+    rejects = _RejectFile(destination, summary, show_rejects, on_reject)
     with rejects, contextlib.ExitStack() as stack:
         output = _Output(destination, summary, rejects, opened, stack)
         sorter = stack.enter_context(Sorter(sort, os.path.dirname(destination) or ".")) if sort else None
@@ -127,9 +130,9 @@ def convert(
     return summary
 
 
-def reject_path(destination: str | os.PathLike) -> str:
-    """Where the lines go that a conversion to `destination` rejects."""
-    return f"{os.fspath(destination)}.rejected.jsonl"
+def _failed(destination: str) -> str:
+    """What a destination would be called that an earlier one is in the place of: its reject file is named after it."""
+    return f"{destination}.failed"
 
 
 class _Output:
@@ -228,20 +231,21 @@ def _check_counts(summary: ConvertSummary, max_rejected: Callable[[int], int] | 
     allowed = None if max_rejected is None else max_rejected(summary.num_rows + summary.num_rejected)
     if allowed is not None and summary.num_rejected > allowed:
         raise DataError(
-            f"{counted(summary.num_rejected, 'line')} rejected, {allowed} allowed", fix=f"see {summary.destination}.rejected.jsonl"
+            f"{counted(summary.num_rejected, 'line')} rejected, {allowed} allowed", fix=f"see {summary.reject_file}"
         )
 
 
 class _RejectFile:
     """JSON Lines {source, line or row, reason, raw}, with id and code where there are any.
 
-    There when a conversion with rejects ends, well or not.
+    There when a conversion with rejects ends, well or not; under another name where an earlier destination stays.
     """
 
     def __init__(
-        self, path: str, summary: ConvertSummary, show: int, on_reject: Callable[[str], None] | None
+        self, destination: str, summary: ConvertSummary, show: int, on_reject: Callable[[str], None] | None
     ) -> None:
-        self._path = path
+        self._path = reject_path(destination)
+        self._failed_path = reject_path(_failed(destination)) if os.path.exists(destination) else self._path
         self._summary = summary
         self._show = show
         self._on_reject = on_reject
@@ -267,19 +271,26 @@ class _RejectFile:
 
     def _open(self) -> TextIO:
         if self._file is None:
-            temporary = self._stack.enter_context(whole_file(self._path))
+            temporary = self._stack.enter_context(whole_file(self._failed_path))
             self._file = self._stack.enter_context(open(temporary, "w", encoding="ascii"))
-            self._summary.reject_file = self._path
+            self._summary.reject_file = self._failed_path
         return self._file
 
     def __enter__(self) -> _RejectFile:
-        # One from an earlier conversion would be taken for this one's.
+        if os.path.isdir(self._path):
+            raise DataError(f"cannot write {self._path}", found="it is a folder", fix="give another DEST")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._stack.close()
+        if kind is not None and self._failed_path != self._path:
+            return
         try:
-            Path(self._path).unlink(missing_ok=True)
+            if self._file is not None:
+                os.replace(self._failed_path, self._path)
+                self._summary.reject_file = self._path
+            else:  # one from an earlier conversion would be taken for this one's
+                Path(self._path).unlink(missing_ok=True)
         except OSError as error:
             fix = "give a DEST in a folder that you can write to"
             raise DataError(f"cannot write {self._path}", found=error.strerror or str(error), fix=fix) from error
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()

@@ -74,8 +74,15 @@ class Sorter:
     def add(self, source: int, record: Record) -> None:
         """Takes one record; `source` is handed back with it. Its place becomes the meta value `source_row`.
 
-        Raises RowError: the record's meta values are not JSON. DataError: the folder cannot be written.
+        Raises RowError: the record's meta values are not JSON. DataError: they have a `source_row` already, or the folder cannot be
+        written.
         """
+        if record.meta and SOURCE_ROW in record.meta:
+            raise DataError(
+                f"sorted prompts keep their places in a column {SOURCE_ROW!r}, and the input has one that is to be kept",
+                found=f"row {self._count}: {record.meta[SOURCE_ROW]!r}"[:200],
+                fix="name the other columns with --meta-columns, or leave --sort out",
+            )
         record = record._replace(meta={**(record.meta or {}), SOURCE_ROW: self._count})
         try:
             encode_json(record.meta)

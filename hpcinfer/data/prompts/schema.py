@@ -134,7 +134,7 @@ def apply_overrides(defaults: SamplingParams, overrides: dict[str, Any]) -> Samp
 def _construct(make: Callable[[], SamplingParams], overrides: Mapping[str, Any]) -> SamplingParams:
     try:
         return make()
-    except (TypeError, ValueError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
         # Fields that are lists are converted by SamplingParams itself, in whatever way it checks them.
         raise ConfigError(f"sampling values {shorten(overrides)} are not usable", found=str(error)) from error
 
@@ -147,7 +147,10 @@ def one_line(error: Exception) -> str:
 
 def shorten(value: Any, most: int = 80) -> str:
     """`repr`, cut to `most` characters, for messages."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a {type(value).__name__} of many levels"
     return text if len(text) <= most else text[: most - 3] + "..."
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -98,6 +99,24 @@ def test_json_lines_with_columns(joined):
     assert list(json.loads((joined / "two.jsonl").read_text().splitlines()[0]))[:3] == ["id", "tag", "n_words"]
     with pytest.raises(DataError, match="no meta column 'tags'.*\n.*nested"):
         export(joined / "g.h5", joined / "three.jsonl", ExportOptions(prompts=str(joined / "p.h5"), meta_columns="tags"))
+
+
+@pytest.mark.parametrize("format", ["jsonl", "csv", "parquet"])
+def test_meta_columns_named_as_ours_and_as_each_other(tmp_path, format):
+    meta = {"score": "high", "token_ids": "none", "text": "a", "meta.text": "b", "embedding": True}
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": "p", **meta}) + "\n")
+    convert([tmp_path / "in.jsonl"], tmp_path / "p.h5", options=ConvertOptions(meta_columns="all"))
+    (tmp_path / "g.h5").write_bytes(encode_generations([Generation(row=0, status=Status.OK, text="ours")], "uuid"))
+    out = tmp_path / f"out.{format}"
+    export(tmp_path / "g.h5", out, ExportOptions(prompts=str(tmp_path / "p.h5"), meta_columns="all"))
+    if format == "jsonl":
+        found = json.loads(out.read_text())
+    elif format == "csv":
+        [found] = csv.DictReader(io.StringIO(out.read_text()))
+    else:
+        [found] = pyarrow.parquet.read_table(out).to_pylist()
+    shown = {"score": "high", "token_ids": "none", "text": "ours", "meta.meta.text": "a", "meta.text": "b"}
+    assert {name: found[name] for name in shown} == shown and str(found["embedding"]).lower() == "true"
 
 
 def test_no_rows_at_all(joined):
