@@ -20,7 +20,7 @@ from hpcinfer.comm.communicator import Communicator, Handle
 from hpcinfer.comm.device_queue import DeviceOperation, DeviceQueue, Launch, Reporting
 from hpcinfer.comm.host import HostChannel
 from hpcinfer.comm.nccl_library import Nccl
-from hpcinfer.comm.nccl_memory import ReductionBuffers, reduction_memory
+from hpcinfer.comm.nccl_memory import ReductionBuffers, can_register, reduction_memory
 from hpcinfer.errors import CommunicationError
 
 DTYPE_CODES = {
@@ -47,7 +47,7 @@ class NcclHandle(Handle):
 
     def wait(self) -> torch.Tensor | None:
         if not self._waited:
-            self._communicator._wait(self._operation)
+            self._communicator._wait(self._operation, self._result)
             self._waited = True
         return self._result
 
@@ -224,8 +224,10 @@ class NcclCommunicator(Communicator):
         self.barrier()
 
     def reserve(self, num_bytes: int) -> None:
-        pointer = self._comm.comm if self.device.type == "cuda" else None
-        self._buffers = ReductionBuffers(reduction_memory(num_bytes, self.device, pointer))
+        with self._watchdog.guard(f"registering memory with the communicator {self.name!r}"):
+            has_windows = all(self._channel.all_gather(self.device.type == "cuda" and can_register()))
+            pointer = self._comm.comm if has_windows else None
+            self._buffers = ReductionBuffers(reduction_memory(num_bytes, self.device, pointer))
 
     def memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
         return None if self._buffers is None else self._buffers.take(shape, dtype)
@@ -299,11 +301,10 @@ class NcclCommunicator(Communicator):
 
         return launch
 
-    def _wait(self, operation: DeviceOperation) -> None:
-        buffers = operation.buffers
+    def _wait(self, operation: DeviceOperation, result: torch.Tensor | None) -> None:
         self._queue.order_after(operation)
-        if self._buffers is not None and isinstance(buffers, torch.Tensor):
-            self._buffers.reduced(buffers.data_ptr())
+        if self._buffers is not None and result is not None:
+            self._buffers.reduced(result.data_ptr())
 
     def _check_usable(self, verb: str) -> None:
         if self._queue.failure is not None:

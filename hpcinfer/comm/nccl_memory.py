@@ -31,14 +31,20 @@ class ReductionMemory:
     """Before NCCL's communicator is destroyed; nothing may be in flight."""
 
 
+def can_register() -> bool:
+    """Whether this rank has nccl4py, which registers windows. All ranks of a communicator must, or none does."""
+    return importlib.util.find_spec("nccl") is not None
+
+
 def reduction_memory(num_bytes: int, device: torch.device, comm_pointer: int | None) -> ReductionMemory:
-    """Buffers of at least `num_bytes` each. Collective over the communicator where it has a pointer.
+    """Buffers of at least `num_bytes` each.
 
     Args:
-        comm_pointer: address of NCCL's communicator; None takes plain memory.
+        comm_pointer: address of NCCL's communicator, with all of whose ranks a window is registered: collective, and `can_register`
+            must hold on each; None takes plain memory.
     """
     size = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
-    if comm_pointer is not None and importlib.util.find_spec("nccl") is not None:
+    if comm_pointer is not None:
         return _window(size, device, comm_pointer)
     whole = torch.zeros(NUM_BUFFERS * size, dtype=torch.uint8, device=device)
     return ReductionMemory(buffers=whole.split(size), is_window=False, release=lambda: None)

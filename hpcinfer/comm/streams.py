@@ -6,10 +6,14 @@ Work on a stream happens in order; an event marks a place in it. A stream that w
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Protocol
 
 import torch
+
+_ANCHOR_S = 10.0
+"""So long the times of events are told from one event; then from a newer one."""
 
 
 class Event(Protocol):
@@ -63,8 +67,8 @@ class CudaStreams:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._anchor: torch.cuda.Event | None = None
-        self._anchor_s = 0.0
+        self._anchor: tuple[torch.cuda.Event, float] | None = None
+        self._anchoring = threading.Lock()
 
     def current(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self._device)
@@ -80,11 +84,16 @@ class CudaStreams:
         return torch.cuda.is_current_stream_capturing()
 
     def seconds(self, event: torch.cuda.Event) -> float:
-        if self._anchor is None:
-            stream = torch.cuda.Stream(self._device)
-            self._anchor = self.timed_event()
-            stream.record_event(self._anchor)
-            self._anchor.synchronize()
-            self._anchor_s = time.perf_counter()
+        anchor, anchor_s = self._recent_anchor()
         # The anchor may be the later of the two: elapsed_time is then negative, and right.
-        return self._anchor_s + self._anchor.elapsed_time(event) * 1e-3
+        return anchor_s + anchor.elapsed_time(event) * 1e-3
+
+    def _recent_anchor(self) -> tuple[torch.cuda.Event, float]:
+        """An event and its time. Elapsed times are float32 milliseconds: over a minute they have steps of 4 us, over an hour of 250."""
+        with self._anchoring:  # the watchdog asks too
+            if self._anchor is None or time.perf_counter() - self._anchor[1] > _ANCHOR_S:
+                event = self.timed_event()
+                torch.cuda.Stream(self._device).record_event(event)
+                event.synchronize()
+                self._anchor = event, time.perf_counter()
+            return self._anchor
