@@ -16,12 +16,14 @@ import numpy as np
 import torch
 
 from hpcinfer.attention.base import AttentionBackend, AttentionQuery, AttentionSpec, refuse_device, refuse_features
-from hpcinfer.attention.metadata import AttentionMetadata, token_slots
+from hpcinfer.attention.metadata import AttentionMetadata, to_device, token_slots
 from hpcinfer.kvcache.layout import KvLayout
 
 _GPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _BLOCK = 128
 """C: the granularity of torch's kernels."""
+_MOST_KERNELS = 64
+"""That torch may compile: one for each window form, sinks, cap and dtype, each for sizes of 1 and for others."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,6 +55,9 @@ class FlexBackend(AttentionBackend):
         from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
         compiled = query.device_type == "cuda"
+        if compiled:
+            # Torch counts the kernels of all windows, sinks and dtypes together, and materialises the scores of what goes beyond.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_KERNELS)
         self._attend: Callable = torch.compile(flex_attention, dynamic=True) if compiled else _uncompiled(flex_attention)
         self._aux = AuxRequest
 
@@ -125,7 +130,7 @@ def _plan(metadata: AttentionMetadata, window: int | None) -> _Plan:
     slots = token_slots(metadata.host_block_tables, entry, np.minimum(positions, seq_lens[entry] - 1), metadata.block_size)
 
     def tensor(values: np.ndarray, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        return torch.from_numpy(values).to(metadata.seq_lens.device, dtype)
+        return to_device(torch.from_numpy(values).to(dtype), metadata.seq_lens.device)
 
     key_entry, key_position = tensor(entry), tensor(positions)
     query_entry = tensor(np.repeat(np.arange(len(lens)), lens))

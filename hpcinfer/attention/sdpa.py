@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from hpcinfer.attention.base import AttentionBackend, AttentionQuery, AttentionSpec, refuse_features
-from hpcinfer.attention.metadata import AttentionMetadata, token_slots
+from hpcinfer.attention.metadata import AttentionMetadata, to_device, token_slots
 from hpcinfer.kvcache.layout import KvLayout
 
 # Elements of keys gathered for one group of decodes. Measured on CPU (64 sequences of 80-192 tokens, K 8, H 128):
@@ -210,12 +210,12 @@ def _decode_group(
     mask = None
     if padded.any():
         mask = torch.zeros(padded.shape, dtype=dtype).masked_fill_(torch.from_numpy(padded), float("-inf"))
-        mask = mask.to(device)[:, None, None]
+        mask = to_device(mask, device)[:, None, None]
     rows = metadata.host_query_start_loc[sequences]
     contiguous = rows[-1] - rows[0] == len(rows) - 1
     return _Decodes(
-        rows=slice(int(rows[0]), int(rows[-1]) + 1) if contiguous else torch.from_numpy(rows).to(device),
-        slots=torch.from_numpy(slots.reshape(-1)).to(device),
+        rows=slice(int(rows[0]), int(rows[-1]) + 1) if contiguous else to_device(torch.from_numpy(rows), device),
+        slots=to_device(torch.from_numpy(slots.reshape(-1)), device),
         length=length,
         mask=mask,
     )
@@ -241,5 +241,7 @@ def _plan_prefill(
         if window is not None:
             hidden |= keys[None] <= queries[:, None] - window
         mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(torch.from_numpy(hidden), float("-inf"))
-        chunks.append(_Chunk(rows=slice(first, last), slots=torch.from_numpy(slots).to(device), mask=mask.to(device)))
+        chunks.append(
+            _Chunk(rows=slice(first, last), slots=to_device(torch.from_numpy(slots), device), mask=to_device(mask, device))
+        )
     return chunks

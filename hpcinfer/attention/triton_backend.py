@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from hpcinfer.attention.base import AttentionBackend, AttentionQuery, AttentionSpec, refuse_device, refuse_features
-from hpcinfer.attention.metadata import AttentionMetadata
+from hpcinfer.attention.metadata import AttentionMetadata, to_device
 from hpcinfer.kvcache.layout import KvLayout
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -86,5 +86,5 @@ class TritonBackend(AttentionBackend):
         """The entries that decode, int32, and the programs of those that do not."""
         lens = metadata.host_query_lens
         decodes = np.flatnonzero(lens == 1).astype(np.int32)
-        entries = torch.from_numpy(decodes).to(metadata.seq_lens.device) if len(decodes) else None
+        entries = to_device(torch.from_numpy(decodes), metadata.seq_lens.device) if len(decodes) else None
         return entries, self._programs(metadata, np.flatnonzero(lens > 1), window=window)

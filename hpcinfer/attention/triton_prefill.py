@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from hpcinfer.attention.base import AttentionSpec
-from hpcinfer.attention.metadata import AttentionMetadata
+from hpcinfer.attention.metadata import AttentionMetadata, to_device
 from hpcinfer.attention.triton_math import LISTS, LOG2_E, capped, has_shared_memory, page_offsets
 
 
@@ -69,7 +69,7 @@ def prefill_programs(metadata: AttentionMetadata, entries: np.ndarray, *, tokens
         keys = np.minimum(keys, window)
     order = np.argsort(-keys, kind="stable")
     programs = np.stack((entry[order], first[order]), axis=1).astype(np.int32)
-    return torch.from_numpy(programs).to(metadata.seq_lens.device)
+    return to_device(torch.from_numpy(programs), metadata.seq_lens.device)
 
 
 def prefill(

@@ -92,10 +92,13 @@ def _gains(model: StageModel, kv: KvPool, num_tokens: int, control: HostChannel,
 
 @torch.inference_mode()
 def _time(model: StageModel, kv: KvPool, parts: list[MicroBatch], control: HostChannel, lane: int) -> float:
-    """Seconds that this rank takes for a step of these parts."""
+    """Seconds that this rank takes for the layers of these parts, whose inputs are there."""
+    forwards = [_layers(model, kv, part, lane) for part in parts]
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
     control.barrier()
     start_s = time.perf_counter()
-    interleave([_layers(model, kv, part, lane) for part in parts])
+    interleave(forwards)
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter() - start_s

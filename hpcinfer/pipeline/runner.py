@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 
 import torch
@@ -152,9 +153,14 @@ class StageRunner:
         drawn: torch.Tensor | None,
         between: Callable[[], None] | None,
     ) -> list[torch.Tensor]:
-        """All microbatches of a decode step at once: wait for their activations, replay, send on."""
+        """All microbatches of a decode step at once, as one segment of the first: wait for their activations, replay, send on."""
         hidden = [None if handle is None else handle.wait() for handle in arriving]
+        before, ended = self._watch.before_segment(parts), self._watch.on_segment(parts)
+        before(0, "")
+        start_s = time.perf_counter()
         outputs = self.graphs.run(key, parts, hidden, drawn)
+        if ended is not None:
+            ended(0, "", start_s, time.perf_counter())
         if between is not None:
             between()
         for part, output in zip(parts, outputs, strict=True):

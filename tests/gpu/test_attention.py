@@ -35,6 +35,13 @@ def deterministic_products(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+@pytest.fixture(autouse=True)
+def compiled_anew():
+    """Torch compiles FlexAttention for so many forms and no more; the cases have them all."""
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture
 def machine(device) -> Machine:
     return Machine(

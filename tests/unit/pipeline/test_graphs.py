@@ -9,15 +9,20 @@ import pytest
 import torch
 
 from hpcinfer.attention.naive import NaiveBackend
-from hpcinfer.batch import MicroBatch
+from hpcinfer.batch import MicroBatch, Step
 from hpcinfer.comm.local import LocalCommunicator
+from hpcinfer.comm.operation import Mark
 from hpcinfer.config.model import ModelConfig
 from hpcinfer.models.base import StageInputs
 from hpcinfer.models.random_weights import fill_random
 from hpcinfer.models.registry import model_class
+from hpcinfer.observe.trace import COMPUTE, Recorder
 from hpcinfer.parallel.axes import StageAxes
 from hpcinfer.parallel.segments import run_to_end
 from hpcinfer.pipeline.graphs import DecodeGraphs, decode_buckets
+from hpcinfer.pipeline.runner import StageRunner
+from hpcinfer.pipeline.transfer import StageLinks
+from hpcinfer.pipeline.watch import SegmentWatch
 from tests.conftest import ROOT
 from tests.graphs import CalledAgain
 
@@ -97,6 +102,17 @@ def test_a_replay_computes_what_the_step_alone_would_and_touches_no_other_page(m
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
     for mine, theirs in zip(after, copy_of(pages), strict=True):
         torch.testing.assert_close(mine[1:], theirs[1:], rtol=0, atol=1e-5)
+
+
+def test_a_replay_is_recorded_as_computation(model, pages):
+    """As one segment: traces would otherwise show stages that do not draw as idle."""
+    recorder = Recorder()
+    links = StageLinks(None, None, hidden_size=model.config.hidden_size, dtype=torch.float32, device=CPU)
+    runner = StageRunner(model, pages, links, lane=0, watch=SegmentWatch(Mark(), recorder), graphs=graphs_of(model, pages))
+    part = decodes([5, 6], tick=7)
+    runner.run(runner.prepare(Step(tick=7, parts=(part,), drawing=((0, 1),))))
+    [record] = [row for row in recorder.rows() if row.kind == COMPUTE]
+    assert record.tick == 7 and 0 < record.start_s < record.end_s
 
 
 def test_tokens_that_only_the_device_knows(model, pages):
