@@ -65,7 +65,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def _limit(value: str) -> str:
     if not re.fullmatch(r"0*[1-9][0-9]*", value):  # in a job file 0 stands for all rows, which nobody means by a trial of 0 rows
         raise argparse.ArgumentTypeError(f"{value!r} is not a number of rows above 0")
-    return f"data.limit={value}"
+    return f"data.limit={int(value)}"
 
 
 def execute(args: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-from hpcinfer.errors import ExitCode, UsageError
+from hpcinfer.errors import ExitCode, ResumableError, UsageError
 
 _CLEAR = "\x1b[H\x1b[2J\x1b[3J"
 _SHORTEST_S, _LONGEST_S = 0.1, 86400
@@ -60,7 +60,12 @@ def watch(
     code = ExitCode.RESUMABLE
     try:
         while True:
-            status = reader.read()
+            try:
+                status = reader.read()
+            except ResumableError as error:  # of the file system, for a moment
+                print(f"hpcinfer: {error}", file=sys.stderr, flush=True)
+                sleep(every_s)
+                continue
             code = ExitCode.DONE if status.complete else ExitCode.RESUMABLE
             if redraw:
                 stream.write(f"{_CLEAR}{to_text(status)}\n")

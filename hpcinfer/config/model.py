@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -168,13 +169,13 @@ class ModelConfig:
             CheckpointError: no such folder or file, not JSON, or a feature that is not supported (named).
         """
         folder = Path(folder)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):  # Path.is_dir raises where it may not look
             raise CheckpointError(
-                f"no model folder {str(folder)!r}", fix="give a Hugging Face folder with a config.json in it"
+                f"no model folder {str(folder)!r}", fix="give a Hugging Face folder with a config.json in it, that you may read"
             )
         raw = _read_json(folder / "config.json")
         generation_file = folder / "generation_config.json"
-        generation = _read_json(generation_file) if generation_file.exists() else {}
+        generation = _read_json(generation_file) if os.path.exists(generation_file) else {}
         return cls.from_dict(raw, generation, source=str(folder / "config.json"))
 
     @classmethod

@@ -176,7 +176,10 @@ def _gather_job(world: World, job: JobConfig, facts: Facts, place: RankPlace, de
         facts.files = [each for each in seen if each is not None]
         facts.model = gather_model(job)
         if facts.model.prompts_error is None:
-            facts.writes = expected_writes(job, facts.model.num_rows)
+            try:
+                facts.writes = expected_writes(job, facts.model.num_rows)
+            except HpcinferError as error:
+                facts.notes.append(red_error("output: run", error))
     num_local = num_ranks_needed(job) if facts.login is not None else world.local_size
     facts.memory = channel.gather(gather_memory(
         place, num_local_ranks=num_local, gpu_free_bytes=device.free_bytes if device.has_gpu else None

@@ -85,7 +85,14 @@ def _with_ranks(facts: Facts) -> str:
     words += [word for override in facts.overrides for word in ("--set", override)]
     if not facts.login.flavours:
         return f"mpiexec -n {max(ranks, 2)} {shlex.join(words)}"
-    return f"srun --mpi={srun_flavour(facts.login.mpi)} -N 2 --ntasks-per-node={min(ranks, 8)} {shlex.join(words)}"
+    return f"srun --mpi={srun_flavour(facts.login.mpi)} {_two_nodes(facts.job, ranks)} {shlex.join(words)}"
+
+
+def _two_nodes(job: JobConfig | None, ranks: int) -> str:
+    """Ranks for srun: as many as the job has; where it takes as many replicas as there are, one or more on each of two nodes."""
+    if job is not None and job.parallel.dp or ranks > 8:
+        return f"-N {min(ranks, max(2, -(-ranks // 8)))} -n {ranks}"
+    return f"-N 2 --ntasks-per-node={ranks}"
 
 
 def _machine(facts: Facts) -> list[Finding]:

@@ -86,7 +86,7 @@ def gather_storage(
 def nearest_folder(target: Path) -> Path:
     """`target`, or the nearest folder above it that exists."""
     target = target.absolute()
-    return next(folder for folder in (target, *target.parents) if folder.is_dir())
+    return next(folder for folder in (target, *target.parents) if os.path.isdir(folder))  # Path.is_dir raises where it may not look
 
 
 def read_rate(path: Path, num_bytes: int = LARGE_BYTES, *, offset: int = 0, drop: bool = True) -> float:

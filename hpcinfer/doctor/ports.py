@@ -70,7 +70,9 @@ def _narrow_slot(device: Path) -> str:
     for what in ("width", "speed"):
         now, most = _text(device / f"current_link_{what}"), _text(device / f"max_link_{what}")
         first, second = re.match(r"[\d.]+", now), re.match(r"[\d.]+", most)
-        if first and second and float(first.group()) < float(second.group()):
+        if not first or not second or {float(first.group()), float(second.group())} & {0.0, 255.0}:  # the kernel's "unknown"
+            continue
+        if float(first.group()) < float(second.group()):
             return f"PCIe {what} {now} of {most}"
     return ""
 

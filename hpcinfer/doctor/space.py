@@ -67,7 +67,7 @@ def expected_writes(job: JobConfig, num_rows: int) -> Writes:
     """From the number of prompts: segments of the rows that are left, and the merged file of all rows beside them."""
     total = num_rows * job.sampling.n
     left = total
-    if (Path(job.data.output) / "run.json").is_file():
+    if os.path.isfile(Path(job.data.output) / "run.json"):
         status = read_status(job.data.output)
         left = max(total - status.num_done - status.num_failed, 0)
         total = 0 if status.complete else total

@@ -65,5 +65,6 @@ def singleton_error(
 
 
 def srun_flavour(vendor: str) -> str:
-    """The value of `srun --mpi` for an MPI library: pmix for Open MPI, pmi2 for MPICH and its kin."""
-    return "pmix" if "open mpi" in vendor.lower() else "pmi2"
+    """The value of `srun --mpi` for an MPI library: pmix for Open MPI, cray_shasta for Cray's, pmi2 for MPICH and its kin."""
+    vendor = vendor.lower()
+    return "pmix" if "open mpi" in vendor else "cray_shasta" if "cray" in vendor else "pmi2"

@@ -120,7 +120,11 @@ class RunDirectory:
         `retry_round` rounds (`rounds`).
         """
         done = self.read_done()
-        if done is None or done.get("num_rows", -1) < num_rows or done.get("retry_round", 0) < retry_round:
+        return done is not None and self.is_completed_by(done, num_rows, retry_round)
+
+    def is_completed_by(self, done: Mapping[str, Any], num_rows: int, retry_round: int = 0) -> bool:
+        """`is_complete` by what the marker says."""
+        if done.get("num_rows", -1) < num_rows or done.get("retry_round", 0) < retry_round:
             return False
         return self.generations.exists()
 
@@ -218,9 +222,8 @@ def unusable(path: Path, error: OSError) -> RunDirectoryError | ResumableError:
             fix="give a data.output that can be written",
         )
     if is_transient(error):
-        return ResumableError(
-            f"the run directory {path} cannot be written now", found=reason, fix="free space, start again"
-        )
+        fix = "free space, start again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "start again; see dmesg and the file system"
+        return ResumableError(f"the run directory {path} cannot be used now", found=reason, fix=fix)
     return RunDirectoryError(f"the run directory {path} cannot be used", found=reason)
 
 

@@ -151,12 +151,14 @@ class StatusReader:
         segments = collections.Counter(segment_order(name)[0] for name in names)
         writers = [self._writer(writer_id, segments[writer_id]) for writer_id in writer_ids(run)]
         self._looked_at = self._clock()
-        reasons = find_stragglers([w for w in writers if w.is_active and w.identity.role == "replica"])
-        writers = [dataclasses.replace(w, straggles=reasons.get(w.id, "")) for w in writers]
+        writers = _without_earlier_lives(writers)
         done = run.read_done()
         num_rows = max([run.num_rows, *(w.identity.num_rows for w in writers), (done or {}).get("num_rows", 0)])
         retry_round = max((w.identity.retry_round for w in writers), default=0)
-        complete = run.is_complete(num_rows, retry_round)
+        complete = done is not None and run.is_completed_by(done, num_rows, retry_round)
+        if not complete:
+            reasons = find_stragglers([w for w in writers if w.is_active and w.identity.role == "replica"])
+            writers = [dataclasses.replace(w, straggles=reasons.get(w.id, "")) for w in writers]
         total = num_rows * run.num_samples
         exact = complete or (self._exact if self._exact is not None else len(names) <= EXACT_SEGMENTS)
         if complete:
@@ -242,6 +244,20 @@ class StatusReader:
             age = max(0.0, self._wall_clock() - beat["at"])
             before = self._seen[writer_id] = (beat["at"], age if before is None else min(age, now - self._looked_at), now)
         return before[1] + now - before[2]
+
+
+def _without_earlier_lives(writers: Sequence[WriterStatus]) -> list[WriterStatus]:
+    """The writers, those dead whose job has a later life: Slurm has started it again (`liveness`)."""
+    newest: dict[tuple[str, str], int] = {}
+    for identity in (writer.identity for writer in writers if writer.identity.job):
+        key = (identity.cluster, identity.job)
+        newest[key] = max(newest.get(key, 0), identity.restart_count)
+
+    def is_replaced(writer: WriterStatus) -> bool:
+        identity = writer.identity
+        return writer.is_active and identity.restart_count < newest.get((identity.cluster, identity.job), 0)
+
+    return [dataclasses.replace(writer, verdict=Verdict.DEAD) if is_replaced(writer) else writer for writer in writers]
 
 
 def read_status(

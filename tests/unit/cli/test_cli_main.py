@@ -18,6 +18,7 @@ import pytest
 import hpcinfer
 from hpcinfer.cli import main as cli
 from hpcinfer.cli.convert import parse_share
+from hpcinfer.cli.run import _limit
 from hpcinfer.data.convert.base import ConvertOptions
 from hpcinfer.data.generations import encode_generations
 from hpcinfer.data.prompts.reader import open_prompts
@@ -260,6 +261,7 @@ def test_closed_streams(jsonl, tmp_path, closed):
 
 @pytest.mark.parametrize("limit", ["0", "-1", "x", "1.5"])
 def test_a_trial_of_no_rows_is_not_a_run_of_all(limit, capsys):
+    assert _limit("005") == "data.limit=5"  # TOML would take no zeros
     assert cli.main(["run", "nosuch.toml", "--limit", limit]) == ExitCode.USAGE
     assert "not a number of rows" in capsys.readouterr().err
     assert cli.main(["run", "nosuch.toml", "--limit", "5"]) == ExitCode.USAGE

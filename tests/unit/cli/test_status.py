@@ -12,6 +12,7 @@ from hpcinfer.cli.main import main
 from hpcinfer.cli.status import to_text, watch
 from hpcinfer.data.ledger.run_directory import create_or_open
 from hpcinfer.data.ledger.status import StatusReader, read_status
+from hpcinfer.errors import ResumableError
 from hpcinfer.data.ledger.writers import Leaving, WriterIdentity, register_writer
 from tests.faults.shim.harness import POLICY, Replica, identity
 
@@ -92,6 +93,20 @@ def test_watching_ends_with_ctrl_c(run):
     shown = io.StringIO()
     assert watch(StatusReader(run), shown, every_s=1.0, as_json=True, sleep=interrupt) == 3
     assert json.loads(shown.getvalue())["eta_s"] is None
+
+
+def test_a_watch_outlives_a_file_system_that_does_not_answer(run, capsys):
+    class Stale(StatusReader):
+        problems = [ResumableError("the run directory cannot be used now")]
+
+        def read(self):
+            if self.problems:
+                raise self.problems.pop()
+            return super().read()
+
+    assert Replica(run.path, 50, policy=POLICY).live()
+    assert watch(Stale(run), io.StringIO(), every_s=1.0, sleep=lambda seconds: None) == 0
+    assert "cannot be used now" in capsys.readouterr().err
 
 
 def test_a_complete_run(run, capsys):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from hpcinfer.config.model import ModelConfig, heads_per_rank
+from hpcinfer.doctor.file_probe import nearest_folder
 from hpcinfer.errors import CheckpointError, ConfigError
 
 BASE = {
@@ -122,6 +126,23 @@ def test_missing_key_and_files(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(BASE))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 3}))
     assert ModelConfig.from_folder(tmp_path).eos_token_ids == (3,)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
+def test_a_folder_of_another_user():
+    """Python raises where it may not look; both are places that a job names."""
+    with tempfile.TemporaryDirectory() as folder:  # not pytest's, which only its user may enter
+        os.chmod(folder, 0o755)
+        secret = Path(folder) / "secret"
+        (secret / "model").mkdir(parents=True)
+        secret.chmod(0o700)
+        os.seteuid(65534)
+        try:
+            with pytest.raises(CheckpointError, match="no model folder"):
+                ModelConfig.from_folder(secret / "model")
+            assert nearest_folder(secret / "model" / "run") == secret
+        finally:
+            os.seteuid(0)
 
 
 def test_heads_over_ranks():

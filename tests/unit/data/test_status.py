@@ -63,6 +63,28 @@ def test_dead_and_silent_writers(tmp_path: Path) -> None:
     assert verdicts == {"": Verdict.DEAD, "17": Verdict.SILENT}
 
 
+def test_a_life_that_slurm_has_replaced_is_dead_and_holds_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    run = create_or_open(path, identity(100))
+    for cluster, restarts, claimed, hours in (("c", 0, 60, 2), ("c", 1, 30, 0), ("d", 0, 0, 0)):
+        writer = register_writer(
+            run, WriterIdentity(cluster=cluster, job="7", restart_count=restarts), wall_clock=lambda hours=hours: time.time() - hours * 3600
+        )
+        writer.set_state("running", rows_claimed=claimed)
+    status = read_status(path)
+    found = {(w.identity.cluster, w.identity.restart_count): (w.verdict, w.straggles) for w in status.writers}
+    assert found == {("c", 0): (Verdict.DEAD, ""), ("c", 1): (Verdict.LIVE, ""), ("d", 0): (Verdict.LIVE, "")}
+    assert (status.num_claimed, status.num_left) == (30, 70)
+
+
+def test_a_run_that_completes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = create_or_open(tmp_path / "run", identity(10))
+    assert Replica(run.path, 10, policy=SegmentPolicy()).live()
+    answers = [None, {"num_rows": 10, "ok": 8, "failed": 2}]
+    monkeypatch.setattr(RunDirectory, "read_done", lambda self: answers.pop(0) if len(answers) > 1 else answers[0])
+    assert not read_status(run).complete and read_status(run).complete
+
+
 def test_not_a_run_directory(tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError):
         read_status(tmp_path)

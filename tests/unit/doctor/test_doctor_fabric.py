@@ -88,6 +88,9 @@ def test_a_narrow_slot(tmp_path):
     facts = [node_of(tmp_path, 0, {"mlx5_0": {"current_link_width": "8"}})]
     assert troubles(facts) == [("InfiniBand slots", "yellow")]
     assert "PCIe width 8 of 16" in judge_fabric(facts)[0].found
+    for current, most in (("0", "63"), ("16", "255")):  # of virtual machines: not known
+        facts = [node_of(tmp_path, int(most), {"mlx5_0": {"current_link_width": current, "max_link_width": most}})]
+        assert "PCIe width" not in judge_fabric(facts)[0].found
     facts = [node_of(tmp_path / "other", 0, {"mlx5_0": {"current_link_speed": "8.0 GT/s PCIe"}})]
     assert "PCIe speed 8.0 GT/s PCIe of 16.0 GT/s PCIe" in judge_fabric(facts)[0].found
 

@@ -70,11 +70,11 @@ def test_nodes_of_one_name_are_told_apart():
     assert name_places([("a", 0, 0), ("a", 0, 1)])[1] == RankPlace(rank=1, host="a", node=0, local_rank=1)
 
 
-def login_facts(login: LoginFacts, parallel_tp: int = 2) -> Facts:
+def login_facts(login: LoginFacts, parallel_tp: int = 2, parallel_dp: int = 0) -> Facts:
     """What a process alone gathers of the demo job."""
     facts = Facts(places=[RankPlace(host="login1")], login=login, job_path="jobs/demo.toml")
     model = ROOT / "datasets/demo-model"
-    facts.job = load_job(ROOT / "jobs/demo.toml", [f"model.path={model}", f"parallel.tp={parallel_tp}"])
+    facts.job = load_job(ROOT / "jobs/demo.toml", [f"model.path={model}", f"parallel.tp={parallel_tp}", f"parallel.dp={parallel_dp}"])
     facts.model = gather_model(facts.job)
     facts.files = [gather_files(facts.places[0], model, 1)]
     facts.memory = [MemoryFacts(place=facts.places[0], free_bytes=8 * GIB)]
@@ -97,6 +97,18 @@ def test_a_login_node_says_how_to_examine_the_rest():
     assert found["layout"].found == "2 ranks: dp 1 x pp 1 x sp 1 x tp 2"
 
 
+@pytest.mark.parametrize(
+    ("layout", "shape"),
+    [
+        ({"parallel_dp": 2}, "-N 2 -n 4"), ({"parallel_tp": 1, "parallel_dp": 1}, "-N 1 -n 1"), ({"parallel_dp": 12}, "-N 3 -n 24"),
+        ({"parallel_tp": 1}, "-N 2 --ntasks-per-node=1"),
+    ],
+)
+def test_the_command_for_the_rest_has_as_many_ranks_as_the_layout(layout, shape):
+    facts = login_facts(LoginFacts(mpi="MPICH 5.0.2", has_srun=True, flavours=("pmi2",)), **layout)
+    assert f"--mpi=pmi2 {shape} hpcinfer" in rows(facts)["all ranks"].fix
+
+
 def test_a_laptop_is_judged_by_what_a_run_would_start():
     facts = login_facts(LoginFacts(mpi="MPICH 5.0.2"))
     found = rows(facts)
@@ -105,6 +117,16 @@ def test_a_laptop_is_judged_by_what_a_run_would_start():
     facts.devices = [dataclasses.replace(healthy_facts().devices[0], place=facts.places[0], num_visible=1)]
     assert [finding.found for finding in reds(judge(facts))] == ["1 here, and a start of this job has 2 ranks"]
     assert not reds(judge(login_facts(LoginFacts(mpi="MPICH 5.0.2"), parallel_tp=1)))
+
+
+@pytest.mark.timeout(120)
+def test_an_output_that_is_no_run_is_a_finding(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").touch()
+    command = [sys.executable, "-m", "hpcinfer", "doctor", "jobs/demo.toml", "--json", "--set", f"data.output={tmp_path / 'run'}"]
+    result = subprocess.run(command, cwd=ROOT, env=rank_env(), capture_output=True, text=True, timeout=100, check=False)
+    found = {finding["check"]: finding["level"] for finding in json.loads(result.stdout)["findings"]}
+    assert found["output: run"] == "red" and found["model files"] == "green"
 
 
 @pytest.mark.timeout(120)

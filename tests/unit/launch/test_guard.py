@@ -20,7 +20,7 @@ def test_passes(variables, size):
     guard.check_world(LaunchEnvironment(variables), size, 0)
 
 
-@pytest.mark.parametrize(("vendor", "flavour"), [("Open MPI", "pmix"), ("MPICH", "pmi2"), ("Intel MPI", "pmi2")])
+@pytest.mark.parametrize(("vendor", "flavour"), [("Open MPI", "pmix"), ("MPICH", "pmi2"), ("Intel MPI", "pmi2"), ("Cray MPICH", "cray_shasta")])
 def test_srun_with_the_wrong_flavour(vendor, flavour):
     with pytest.raises(LaunchError) as caught:
         guard.check_world(LaunchEnvironment(STEP), 1, 0, vendor=vendor)

@@ -40,6 +40,7 @@ def test_a_script_is_checked_and_submitted(sbatch):
         ("allocation failure: Invalid account or account/partition combination specified", "slurm.account"),
         ("sbatch: error: Invalid qos specification", "slurm.qos"),
         ("allocation failure: Requested time limit is invalid (missing or exceeds some limit)", "--time"),
+        ("sbatch: error: Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)", "sacctmgr show qos"),
         ("allocation failure: Invalid feature specification", "slurm.constraint"),
         ("sbatch: error: Invalid generic resource (gres) specification", "gpus_per_node"),
         ("allocation failure: Requested node configuration is not available", "sinfo -Nl"),
