@@ -2,7 +2,7 @@
 
 Which text a generation has depends on its token ids alone: it is what the tokenizer makes of all of them, cut at the first stop
 text. While tokens come only the last few of them are turned into text, so that a long generation costs as much a token as a short
-one; what that finds is then looked for in the whole text.
+one; what that finds is then looked for in the whole text. (Of tokenizers that clean up spaces, all of them are: few models have one.)
 """
 
 from __future__ import annotations
@@ -128,7 +128,8 @@ class StopWatch:
     def add(self, token: int) -> bool:
         """Take in the next token of the output; whether a stop text is complete with it."""
         self._ids.append(token)
-        if not self._ends[token] or not self._look():
+        # A clean-up changes the text across any window.
+        if not self._tokenizer.cleans_up and not (self._ends[token] and self._look()):
             return False
         return stop_in(self._tokenizer, self._ids, self._sampling)[1] is not None
 

@@ -59,13 +59,14 @@ class Tokenizer:
         self._tokenizer.no_padding()
         self._mark_special_tokens()
         is_bpe = isinstance(self._tokenizer.model, tokenizers.models.BPE)
-        self._cleans_up = bool(self.config.get("clean_up_tokenization_spaces", False)) and not is_bpe
+        self.cleans_up = bool(self.config.get("clean_up_tokenization_spaces", False)) and not is_bpe
+        """Spaces before punctuation are taken out of the whole text, so that a token may change what is before it."""
 
     @property
     def only_appends(self) -> bool:
         """Whether a token's own characters are in the text whatever follows. Some decoders, as WordPiece's, clean spaces up."""
         decoder = json.loads(self._tokenizer.to_str()).get("decoder")
-        return not self._cleans_up and not _types(decoder) & {"WordPiece", "CTC"}
+        return not self.cleans_up and not _types(decoder) & {"WordPiece", "CTC"}
 
     @property
     def vocab_size(self) -> int:
@@ -154,7 +155,7 @@ class Tokenizer:
         """The text of each row of token ids, as `decode`."""
         lists = [row.tolist() if isinstance(row, np.ndarray) else list(row) for row in rows]
         texts = self._tokenizer.decode_batch(lists, skip_special_tokens=True)
-        return [_clean_up(text) for text in texts] if self._cleans_up else texts
+        return [_clean_up(text) for text in texts] if self.cleans_up else texts
 
     def _mark_special_tokens(self) -> None:
         """Makes the tokens that tokenizer_config.json names special, also where tokenizer.json forgot to."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,10 +54,20 @@ def word_piece() -> Library:
     return library
 
 
-@pytest.fixture(scope="module", params=[byte_level, byte_fallback, word_piece], ids=lambda build: build.__name__)
+def cleaned_up() -> Library:
+    """With `clean_up_tokenization_spaces`, as T5 and XLM-R: " ." becomes "." wherever the two were cut apart."""
+    letters = sorted({*"".join(CORPUS).replace(" ", "▁"), "▁"})
+    library = Library(models.Unigram([("<unk>", 0.0), *((letter, -2.0) for letter in letters), ("▁.", -1.0), ("▁n't", -1.0)], unk_id=0))
+    library.pre_tokenizer = pre_tokenizers.Metaspace()
+    library.decoder = decoders.Metaspace()
+    return library
+
+
+@pytest.fixture(scope="module", params=[byte_level, byte_fallback, word_piece, cleaned_up], ids=lambda build: build.__name__)
 def tokenizer(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     request.param().save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"clean_up_tokenization_spaces": request.param is cleaned_up}))
     return Tokenizer(folder)
 
 
@@ -123,6 +135,18 @@ def test_characters_of_several_tokens_are_read_from_wherever_reading_begins(toke
     assert wanted == len(ids) and {watched(tokenizer, ids, sampling, start) for start in range(len(ids))} == {wanted}
 
 
+def test_a_clean_up_across_tokens(tmp_path):
+    """Token by token "a .b" is read as "a", "a", "a.", "a.b"."""
+    cleaned_up().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"clean_up_tokenization_spaces": true}')
+    tokenizer = Tokenizer(tmp_path)
+    ids = [tokenizer.token_id(token) for token in ("a", "▁", ".", "o")]
+    assert tokenizer.decode(ids) == "a.o"
+    for stop, wanted in (("a.", 3), (".o", 4)):
+        assert {watched(tokenizer, ids, SamplingParams(stop=stop), start) for start in range(wanted)} == {wanted}
+
+
+@pytest.mark.parametrize("tokenizer", [byte_level, byte_fallback, word_piece], indirect=True)
 def test_a_token_costs_the_same_however_long_the_text_is(tokenizer, monkeypatch):
     """Tokens decoded in all, counted: a fixed number for each token, also where each one might end a stop text or is broken."""
     decoded = []
