@@ -24,14 +24,14 @@ class PromptLimit:
         """A prompt, cut where it is too long.
 
         What is cut keeps exactly `max_prompt_tokens`, where that is given, as vLLM's truncate_prompt_tokens does with "left"; else as
-        much as leaves room for `max_tokens`, at least one token. Special tokens at the end that is cut go too.
+        much as leaves room for `max_tokens`. Special tokens at the end that is cut go too.
 
         Args:
             token_ids: int32 [num_tokens].
             max_tokens: of its row.
 
         Raises:
-            RowError: it is too long, and nothing is to be cut.
+            RowError: it is too long, and nothing is to be cut, or nothing would be left.
         """
         longest = self.max_prompt_tokens or self.max_context - 1
         if len(token_ids) <= longest:
@@ -39,7 +39,12 @@ class PromptLimit:
         if self.truncate == "error":
             limit = "data.max_prompt_tokens allows" if self.max_prompt_tokens else "the context leaves room for"
             raise RowError(f"the prompt has {len(token_ids)} tokens; {limit} {longest} (data.truncate can have it cut)")
-        kept = self.max_prompt_tokens or max(1, self.max_context - max_tokens)
+        kept = self.max_prompt_tokens or self.max_context - max_tokens
+        if kept < 1:
+            raise RowError(
+                f"the prompt has {len(token_ids)} tokens, and max_tokens = {max_tokens} leaves it no room in a context of {self.max_context} "
+                "(data.max_prompt_tokens says how much of it is kept)"
+            )
         return token_ids[-kept:] if self.truncate == "left" else token_ids[:kept]
 
     def fit_continued(self, token_ids: np.ndarray, max_tokens: int, start: int) -> tuple[np.ndarray, int]:

@@ -18,7 +18,8 @@ PROMPT = np.arange(1, 21, dtype=np.int32)
         (PromptLimit(21), 5, list(range(1, 21))),
         (PromptLimit(20, 0, "left"), 5, list(range(6, 21))),
         (PromptLimit(20, 0, "right"), 5, list(range(1, 16))),
-        (PromptLimit(20, 0, "left"), 500, [20]),
+        (PromptLimit(20, 0, "left"), 19, [20]),
+        (PromptLimit(20, 4, "left"), 500, [17, 18, 19, 20]),
         (PromptLimit(100, 8, "left"), 5, list(range(13, 21))),
         (PromptLimit(100, 8, "right"), 5, list(range(1, 9))),
         (PromptLimit(100, 20, "right"), 5, list(range(1, 21))),
@@ -35,6 +36,12 @@ def test_what_is_kept(limit, max_tokens, expected):
 def test_without_a_policy_it_is_an_error_of_the_row(limit, words):
     with pytest.raises(RowError, match=words):
         limit.fit(PROMPT, 5)
+
+
+@pytest.mark.parametrize("max_tokens", [20, 500])
+def test_an_output_that_leaves_no_room_is_an_error_of_the_row(max_tokens):
+    with pytest.raises(RowError, match=f"max_tokens = {max_tokens} leaves it no room in a context of 20"):
+        PromptLimit(20, 0, "left").fit(PROMPT, max_tokens)
 
 
 def test_a_continuation_is_never_cut():
