@@ -166,16 +166,16 @@ class ModelConfig:
         """Read config.json and, where there is one, generation_config.json of a Hugging Face folder.
 
         Raises:
-            CheckpointError: no such folder or file, not JSON, or a feature that is not supported (named).
+            CheckpointError: no such folder or file, no permission, not JSON, or a feature that is not supported (named).
         """
         folder = Path(folder)
-        if not os.path.isdir(folder):  # Path.is_dir raises where it may not look
+        if not _is_there(folder) or not os.path.isdir(folder):
             raise CheckpointError(
-                f"no model folder {str(folder)!r}", fix="give a Hugging Face folder with a config.json in it, that you may read"
+                f"no model folder {str(folder)!r}", fix="give a Hugging Face folder with a config.json in it"
             )
         raw = _read_json(folder / "config.json")
         generation_file = folder / "generation_config.json"
-        generation = _read_json(generation_file) if os.path.exists(generation_file) else {}
+        generation = _read_json(generation_file) if _is_there(generation_file) else {}
         return cls.from_dict(raw, generation, source=str(folder / "config.json"))
 
     @classmethod
@@ -235,6 +235,17 @@ def _heads_fit(num_heads: int, num_kv_heads: int, tp: int) -> bool:
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
+
+def _is_there(path: Path) -> bool:
+    """Whether there is such a file or folder. Raises CheckpointError where one may not look: that is not the same as none."""
+    try:
+        os.stat(path)
+    except PermissionError as error:
+        raise CheckpointError(f"no permission to look at {path}", found=str(error), fix="ask the owner of the folder") from None
+    except (OSError, ValueError):
+        return False
+    return True
+
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:

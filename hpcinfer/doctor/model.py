@@ -59,7 +59,8 @@ class FileFacts:
 
 
 def gather_model(job: JobConfig) -> ModelFacts:
-    """Read config, headers of the weights, tokenizer and the frame of the prompts. For one rank: many small reads."""
+    """Read config, headers of the weights, tokenizer and the frame of the prompts. For one rank: many small reads. What cannot
+    be read is a fact, whatever the reason."""
     facts = ModelFacts(path=job.model.path)
     try:
         model = ModelConfig.from_folder(job.model.path)
@@ -67,17 +68,27 @@ def gather_model(job: JobConfig) -> ModelFacts:
             facts, model=dataclasses.replace(model, packed_experts=job.model.experts == "packed")
         )
         check_tensors(Checkpoint(job.model.path), model_class(model), facts.model)
-    except HpcinferError as error:
-        facts = dataclasses.replace(facts, error=error)
+    except (HpcinferError, OSError) as error:
+        facts = dataclasses.replace(facts, error=_of_the_folder(error, job.model.path))
     try:
         Tokenizer(job.model.path)
-    except CheckpointError as error:
-        facts = dataclasses.replace(facts, tokenizer_error=error)
+    except (HpcinferError, OSError) as error:
+        facts = dataclasses.replace(facts, tokenizer_error=_of_the_folder(error, job.model.path))
     try:
         with open_prompts(job.data.prompts, job.data.dataset or None) as reader:
             return dataclasses.replace(facts, prompts_kind=reader.kind, num_rows=reader.num_rows)
     except (DataError, ResumableError) as error:
         return dataclasses.replace(facts, prompts_error=error)
+    except OSError as error:
+        refused = DataError(f"cannot read {job.data.prompts}", found=str(error), fix="look at its permissions")
+        return dataclasses.replace(facts, prompts_error=refused)
+
+
+def _of_the_folder(error: HpcinferError | OSError, folder: str) -> HpcinferError:
+    """An OSError, which pathlib raises where it may not look, as an error of the model folder."""
+    if isinstance(error, HpcinferError):
+        return error
+    return CheckpointError(f"cannot read {folder}", found=str(error), fix="look at permissions, and at where its links point")
 
 
 def gather_files(place: RankPlace, folder: Path, num_nodes: int) -> FileFacts:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 
 from hpcinfer.config.model import ModelConfig, heads_per_rank
 from hpcinfer.doctor.file_probe import nearest_folder
 from hpcinfer.errors import CheckpointError, ConfigError
+from tests.other_user import another_user, needs_root, secret_folder
 
 BASE = {
     "architectures": ["LlamaForCausalLM"], "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96,
@@ -128,21 +126,29 @@ def test_missing_key_and_files(tmp_path):
     assert ModelConfig.from_folder(tmp_path).eos_token_ids == (3,)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
+@needs_root
 def test_a_folder_of_another_user():
     """Python raises where it may not look; both are places that a job names."""
-    with tempfile.TemporaryDirectory() as folder:  # not pytest's, which only its user may enter
-        os.chmod(folder, 0o755)
-        secret = Path(folder) / "secret"
-        (secret / "model").mkdir(parents=True)
-        secret.chmod(0o700)
-        os.seteuid(65534)
-        try:
-            with pytest.raises(CheckpointError, match="no model folder"):
+    with secret_folder() as secret:
+        (secret / "model").mkdir()
+        with another_user():
+            with pytest.raises(CheckpointError, match="no permission"):
                 ModelConfig.from_folder(secret / "model")
             assert nearest_folder(secret / "model" / "run") == secret
-        finally:
-            os.seteuid(0)
+
+
+@needs_root
+def test_a_generation_config_that_may_not_be_seen():
+    """It says where texts end, so going on without it would be another run."""
+    with secret_folder() as secret:
+        (secret / "generation_config.json").write_text(json.dumps({"eos_token_id": 3}))
+        model = secret.parent / "model"
+        model.mkdir()
+        (model / "config.json").write_text(json.dumps(BASE))
+        (model / "generation_config.json").symlink_to(secret / "generation_config.json")
+        assert ModelConfig.from_folder(model).eos_token_ids == (3,)
+        with another_user(), pytest.raises(CheckpointError, match="no permission"):
+            ModelConfig.from_folder(model)
 
 
 def test_heads_over_ranks():

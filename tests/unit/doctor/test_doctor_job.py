@@ -22,6 +22,7 @@ from hpcinfer.doctor.memory import MemoryFacts, gather_memory, judge_layout, jud
 from hpcinfer.doctor.model import FileFacts, gather_files, gather_model, judge_model
 from tests.conftest import ROOT
 from tests.doctor_facts import GIB, MODEL, SIZES, change, healthy_facts, place
+from tests.other_user import another_user, needs_root, secret_folder
 
 DEMO = ROOT / "datasets/demo-model"
 PROMPTS = ROOT / "datasets/demo/prompts.h5"
@@ -97,6 +98,30 @@ def test_a_link_without_a_target(folder):
     (folder / "generation_config.json").symlink_to("../blobs/gone")
     found = judged(folder)
     assert found["model on all nodes"][0] == "red" and "cannot read generation_config.json" in found["model on all nodes"][1]
+
+
+@needs_root
+@pytest.mark.parametrize(("name", "check"), [("model.safetensors", "model files"), ("tokenizer.json", "tokenizer")])
+def test_a_link_to_where_one_may_not_look(name, check):
+    """Files of a download that several users share are links into one folder."""
+    with secret_folder() as secret:
+        model, prompts = Path(shutil.copytree(DEMO, secret.parent / "model")), shutil.copy(PROMPTS, secret.parent)
+        (model / name).rename(secret / name)
+        (model / name).symlink_to(secret / name)
+        assert levels(judged(model, prompts=prompts)) == {}
+        with another_user():
+            found = judged(model, prompts=prompts)
+        assert levels(found)[check] == "red" and "Permission denied" in found[check][1]
+
+
+@needs_root
+def test_prompts_in_a_folder_that_may_not_be_listed():
+    with secret_folder() as secret:
+        shutil.copytree(DEMO, secret.parent / "model")
+        shutil.copy(PROMPTS, secret)
+        with another_user():
+            found = judged(secret.parent / "model", prompts=secret)
+        assert levels(found) == {"prompts": "red"} and "Permission denied" in found["prompts"][1]
 
 
 def test_a_name_of_a_hub(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from hpcinfer.doctor.finding import Level
 from hpcinfer.doctor.space import Quota, SpaceFacts, Writes, expected_writes, gather_space, judge_space, parse_quota
 from hpcinfer.doctor.storage import judge_storage
 from tests.doctor_facts import GIB, change, place, storage
+from tests.other_user import another_user, needs_root, secret_folder
 
 LUSTRE = "       /lustre/scratch  50560*  30720   51200 6d23h59m46s     101    100     200 6d23h59m50s\n"
 LUSTRE_NO_LIMIT = (
@@ -176,3 +177,10 @@ def test_what_a_run_writes(tmp_path):
     run = tmp_path / "begun"
     create_or_open(run, RunIdentity(input_fingerprint="x", num_rows=1000, num_samples=2, model={}, sampling={}))
     assert expected_writes(job(run, n=2), 1000) == new
+
+
+@needs_root
+def test_what_a_run_writes_where_one_may_not_look(tmp_path):
+    """That it cannot be written is found by trying."""
+    with secret_folder() as secret, another_user():
+        assert expected_writes(job(secret / "run"), 10) == expected_writes(job(tmp_path / "new"), 10)
