@@ -48,7 +48,7 @@ def singleton_error(
     library = vendor or "the MPI of this environment"
     if environment.launcher == "srun":
         fix = (
-            f"start with srun --mpi={srun_flavour(vendor)} ({library}; MPICH and Intel MPI take pmi2, Open MPI takes pmix), "
+            f"start with srun --mpi={srun_flavour(vendor)} ({library}; MPICH and Intel MPI take pmi2, Open MPI pmix, Cray's cray_shasta), "
             "see `srun --mpi=list`, and keep one MPI per environment"
         )
     else:

@@ -45,7 +45,7 @@ def start_ranks(
     Args:
         num_ranks: ranks; None under srun means what the job was submitted with.
         argv: arguments of `hpcinfer`, in every rank.
-        mpi_flavour: srun's --mpi; by default pmi2 for MPICH and Intel MPI, pmix for Open MPI.
+        mpi_flavour: srun's --mpi; by default pmi2 for MPICH and Intel MPI, pmix for Open MPI, cray_shasta for Cray's.
         srun_args: further arguments of srun.
 
     Raises:
