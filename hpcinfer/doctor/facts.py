@@ -84,7 +84,8 @@ def _with_ranks(facts: Facts) -> str:
     words = ["hpcinfer", "doctor", *([facts.job_path] if facts.job_path else [])]
     words += [word for override in facts.overrides for word in ("--set", override)]
     if not facts.login.flavours:
-        return f"mpiexec -n {max(ranks, 2)} {shlex.join(words)}"
+        fixed = facts.job is not None and facts.job.parallel.dp  # another number of ranks would be refused
+        return f"mpiexec -n {ranks if fixed else max(ranks, 2)} {shlex.join(words)}"
     return f"srun --mpi={srun_flavour(facts.login.mpi)} {_two_nodes(facts.job, ranks)} {shlex.join(words)}"
 
 

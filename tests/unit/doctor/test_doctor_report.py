@@ -101,12 +101,18 @@ def test_a_login_node_says_how_to_examine_the_rest():
     ("layout", "shape"),
     [
         ({"parallel_dp": 2}, "-N 2 -n 4"), ({"parallel_tp": 1, "parallel_dp": 1}, "-N 1 -n 1"), ({"parallel_dp": 12}, "-N 3 -n 24"),
-        ({"parallel_tp": 1}, "-N 2 --ntasks-per-node=1"),
+        ({"parallel_tp": 1}, "-N 2 --ntasks-per-node=1"), ({"parallel_tp": 24}, "-N 3 -n 24"),
     ],
 )
 def test_the_command_for_the_rest_has_as_many_ranks_as_the_layout(layout, shape):
     facts = login_facts(LoginFacts(mpi="MPICH 5.0.2", has_srun=True, flavours=("pmi2",)), **layout)
     assert f"--mpi=pmi2 {shape} hpcinfer" in rows(facts)["all ranks"].fix
+
+
+@pytest.mark.parametrize(("tp", "dp", "ranks"), [(1, 0, 2), (1, 1, 1), (2, 2, 4)])
+def test_the_command_for_the_rest_without_slurm(tp, dp, ranks):
+    facts = login_facts(LoginFacts(mpi="MPICH 5.0.2"), parallel_tp=tp, parallel_dp=dp)
+    assert rows(facts)["all ranks"].fix.startswith(f"mpiexec -n {ranks} hpcinfer doctor")
 
 
 def test_a_laptop_is_judged_by_what_a_run_would_start():
