@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from hpcinfer.data.ledger.run_directory import RunIdentity, claim_size_for, create_or_open, open_existing
-from hpcinfer.errors import RunDirectoryError
+from hpcinfer.data.ledger.run_directory import RunIdentity, claim_size_for, create_or_open, open_existing, unusable
+from hpcinfer.errors import ResumableError, RunDirectoryError
 
 IDENTITY = RunIdentity(
     input_fingerprint="abc",
@@ -96,6 +98,14 @@ def test_damaged_run_json(tmp_path: Path, content: bytes) -> None:
     (run.path / "run.json").write_bytes(content)
     with pytest.raises(RunDirectoryError):
         open_existing(run.path, sleep=lambda seconds: None)
+
+
+@pytest.mark.parametrize(("number", "is_full"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EIO, False), (errno.ESTALE, False)])
+def test_troubles_that_may_pass(number: int, is_full: bool) -> None:
+    """They come to readers too, whom free space would not help."""
+    error = unusable(Path("run"), OSError(number, os.strerror(number)))
+    assert isinstance(error, ResumableError) and "cannot be used now" in error.problem
+    assert ("free space" in error.fix) == is_full
 
 
 def test_another_version(tmp_path: Path) -> None:

@@ -77,6 +77,16 @@ def test_a_life_that_slurm_has_replaced_is_dead_and_holds_nothing(tmp_path: Path
     assert (status.num_claimed, status.num_left) == (30, 70)
 
 
+def test_nothing_holds_a_complete_run_up(tmp_path: Path) -> None:
+    run = create_or_open(tmp_path / "run", identity(10))
+    writer = register_writer(run, WriterIdentity(cluster="c", job="8"), wall_clock=lambda: time.time() - 7200)
+    writer.set_state("running", rows_claimed=5)
+    assert [w.straggles for w in read_status(run).writers] == ["no heartbeat for 2:00:00"]
+    assert Replica(run.path, 10, policy=SegmentPolicy()).live()
+    status = read_status(run)
+    assert status.complete and not any(w.straggles for w in status.writers)
+
+
 def test_a_run_that_completes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = create_or_open(tmp_path / "run", identity(10))
     assert Replica(run.path, 10, policy=SegmentPolicy()).live()
