@@ -14,7 +14,7 @@ _FIXES = (
     ("invalid partition", "name one of `sinfo -o %P` as slurm.partition of the site"),
     ("invalid account", "name one of `sacctmgr show associations user=$USER format=account,qos` as slurm.account of the site"),
     ("invalid qos", "name one that your account may use as slurm.qos of the site"),
-    ("accounting/qos policy", "see your limits: `sacctmgr show qos`, `sacctmgr show associations user=$USER`; fewer jobs or nodes, another qos"),
+    ("accounting/qos policy", "see `sacctmgr show qos` and `sacctmgr show associations user=$USER`; fewer jobs or nodes, another qos"),
     ("time limit", "give a --time that the partition allows: `sinfo -o '%P %l'`"),
     ("invalid feature", "name features of `sinfo -o '%N %f'` as slurm.constraint of the site"),
     ("generic resource", "the nodes have no such GPUs: see `sinfo -o '%N %G'`, and slurm.gpus_per_node and gpu_type of the site"),
