@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
-ROTATION_SHARE = 9
+ROTATION_SHARE = 12
 """`make test` runs one case in this many of those marked `full`."""
 
 # Machines are shared: a slow draw is not a failure. Derandomised, so that a red run can be repeated.
